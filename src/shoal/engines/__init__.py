@@ -1,0 +1,1 @@
+"""Start, watch and end `vllm serve` processes, and talk to them."""

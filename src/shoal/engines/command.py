@@ -1,0 +1,143 @@
+"""The command line and the environment of one `vllm serve`, as pure functions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal import vllm_compat
+from shoal.vllm_plugin.gate import KEY_VARIABLE
+from shoal.vllm_plugin.register import BACKEND
+
+SERVED_MODEL_NAME = "policy"
+LOOPBACK = "127.0.0.1"
+
+# Set by torchrun and accelerate for the trainer's own ranks; vLLM's workers would take them for theirs.
+_LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME",
+)  # fmt: skip
+_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "DEEPSPEED_")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """Everything needed to start one engine.
+
+    Attributes:
+        name: Such as `"engine-0"`.
+        model_dir: Folder with the model's config and tokenizer. Its weights are not read: the trainer sends them.
+        port: To listen on, at 127.0.0.1.
+        cuda_devices: Indices or UUIDs for `CUDA_VISIBLE_DEVICES`; empty for a CPU engine.
+        cpu_cores: Cores to run on; empty for no binding.
+        tensor_parallel_size: vLLM's.
+        pipeline_parallel_size: vLLM's.
+        dtype: Such as `"bfloat16"`.
+        max_model_len: Longest prompt with completion, in tokens; None for the model's own.
+        gpu_memory_utilization: Share of each device's memory (GPU engines only).
+        cpu_kv_cache_gib: Memory for the KV cache of each worker (CPU engines only).
+        seed: vLLM's own; every sample brings its own seed as well.
+        extra_arguments: Further `vllm serve` options, such as `{"max-num-seqs": 64}`; True for a bare flag.
+    """
+
+    name: str
+    model_dir: Path
+    port: int
+    cuda_devices: tuple[str, ...]
+    cpu_cores: tuple[int, ...]
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    dtype: str
+    max_model_len: int | None
+    gpu_memory_utilization: float
+    cpu_kv_cache_gib: int
+    seed: int
+    extra_arguments: Mapping[str, object]
+
+    @property
+    def num_workers(self) -> int:
+        """Number of vLLM worker processes."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+def serve_command(spec: EngineSpec) -> list[str]:
+    """Return the argument vector that starts the engine."""
+    options: dict[str, object] = {
+        "host": LOOPBACK,
+        "port": spec.port,
+        "served-model-name": SERVED_MODEL_NAME,
+        "dtype": spec.dtype,
+        "seed": spec.seed,
+        "tensor-parallel-size": spec.tensor_parallel_size,
+        "pipeline-parallel-size": spec.pipeline_parallel_size,
+        # The first publish fills the engine, and nothing is served before it is proven.
+        "load-format": "dummy",
+        "weight-transfer-config": json.dumps({"backend": BACKEND}),
+        "middleware": "shoal.vllm_plugin.gate.ApiKeyGate",
+        # Logprobs of the distribution that was sampled from, temperature included.
+        "logprobs-mode": "processed_logprobs",
+        # Sampling is the trainer's decision; a model's generation_config.json must not change it.
+        "generation-config": "vllm",
+        "disable-uvicorn-access-log": True,
+    }
+    if spec.max_model_len is not None:
+        options["max-model-len"] = spec.max_model_len
+    if spec.cuda_devices:
+        options["gpu-memory-utilization"] = spec.gpu_memory_utilization
+    else:
+        options["enforce-eager"] = True
+    if spec.num_workers > 1:
+        # The default would be Ray where Ray runs, for engines within one host too.
+        options["distributed-executor-backend"] = "mp"
+    options.update(spec.extra_arguments)
+    return [sys.executable, *vllm_compat.serve_arguments(str(spec.model_dir)), *_flags(options)]
+
+
+def serve_environment(spec: EngineSpec, api_key: str, base: Mapping[str, str]) -> dict[str, str]:
+    """Return the engine's environment: `base` without what the trainer's launcher set, plus what vLLM needs.
+
+    Args:
+        spec: The engine.
+        api_key: The run's key.
+        base: The trainer's environment.
+    """
+    environment = {
+        name: value
+        for name, value in base.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+    environment |= {
+        KEY_VARIABLE: api_key,
+        "VLLM_SERVER_DEV_MODE": "1",  # the pause and weight-update routes; the gate guards them
+        "VLLM_HOST_IP": LOOPBACK,
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if spec.cuda_devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(spec.cuda_devices)
+    else:
+        threads = max(1, len(spec.cpu_cores) // spec.num_workers) if spec.cpu_cores else 1
+        environment |= {
+            "CUDA_VISIBLE_DEVICES": "",
+            # The guard binds the engine to its cores; vLLM's own binding fails in containers and for TP on one node.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+            "VLLM_CPU_KVCACHE_SPACE": str(spec.cpu_kv_cache_gib),
+        }
+    return environment
+
+
+def _flags(options: Mapping[str, object]) -> Sequence[str]:
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            flags.append(flag)
+        elif value is not False and value is not None:
+            flags += [flag, str(value)]
+    return flags

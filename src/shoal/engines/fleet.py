@@ -1,0 +1,146 @@
+"""All engines of a run: start them side by side, wait until each is ready, and end them together."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from shoal.engines.client import EngineClient
+from shoal.engines.command import LOOPBACK, EngineSpec
+from shoal.engines.process import EngineProcess
+from shoal.errors import EngineError, EngineStartError
+
+_POLL_S = 0.25
+
+StartProgress = Callable[[Sequence[tuple[str, str]], float], None]
+"""Called while engines start, with `(name, stage)` of each and the seconds so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManagedEngine:
+    """One running engine: its process and the client that talks to it."""
+
+    process: EngineProcess
+    client: EngineClient
+
+    @property
+    def name(self) -> str:
+        """Short name."""
+        return self.client.name
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What was started."""
+        return self.process.spec
+
+
+class Fleet:
+    """Engines that were started together and end together. Use as a context manager, or call `close`."""
+
+    def __init__(self, engines: Sequence[ManagedEngine]) -> None:
+        self.engines = tuple(engines)
+
+    @classmethod
+    def start(
+        cls,
+        specs: Sequence[EngineSpec],
+        *,
+        log_dir: Path,
+        timeout_s: float,
+        request_timeout_s: float,
+        on_progress: StartProgress | None = None,
+    ) -> Fleet:
+        """Start every engine and wait until all are ready.
+
+        Args:
+            specs: One for each engine.
+            log_dir: Each engine writes to `<log_dir>/<name>.log`.
+            timeout_s: For all of them together.
+            request_timeout_s: Longest that one completion may take later.
+            on_progress: Told about once a second.
+
+        Raises:
+            EngineStartError: One ended, or was not ready in time. All have been ended by then.
+        """
+        api_key = secrets.token_hex(32)
+        engines: list[ManagedEngine] = []
+        fleet = cls(())
+        try:
+            for spec in specs:
+                process = EngineProcess(spec, api_key, log_dir / f"{spec.name}.log")
+                client = EngineClient(
+                    name=spec.name,
+                    url=f"http://{LOOPBACK}:{spec.port}",
+                    api_key=api_key,
+                    log_path=process.log_path,
+                    request_timeout_s=request_timeout_s,
+                )
+                engines.append(ManagedEngine(process=process, client=client))
+                fleet.engines = tuple(engines)
+            fleet._wait_ready(timeout_s, on_progress)
+        except BaseException:
+            fleet.close()
+            raise
+        return fleet
+
+    def check_alive(self) -> None:
+        """Raise if an engine has ended.
+
+        Raises:
+            EngineError: Naming the engine, why it died and its log file.
+        """
+        for engine in self.engines:
+            if (status := engine.process.exit_status()) is not None:
+                raise EngineError(
+                    f"{engine.name} ended with status {status}: {engine.process.why_it_died()} "
+                    f"(see {engine.process.log_path})"
+                )
+
+    def close(self) -> None:
+        """End every engine and wait until nothing of them is left. Calling it again does nothing."""
+        for engine in self.engines:
+            engine.process.ask_to_end()
+        for engine in self.engines:
+            engine.process.wait_ended()
+            engine.client.close()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wait_ready(self, timeout_s: float, on_progress: StartProgress | None) -> None:
+        began = time.monotonic()
+        told = began
+        waiting = list(self.engines)
+        while waiting:
+            for engine in waiting:
+                if (status := engine.process.exit_status()) is not None:
+                    raise EngineStartError(
+                        f"{engine.name} could not start (status {status}): {engine.process.why_it_died()}\n"
+                        f"Its whole output is in {engine.process.log_path}."
+                    )
+            waiting = [engine for engine in waiting if not engine.client.is_healthy()]
+            now = time.monotonic()
+            if waiting and now - began > timeout_s:
+                stages = "; ".join(f"{engine.name}: {engine.process.stage()}" for engine in waiting)
+                raise EngineStartError(
+                    f"{', '.join(engine.name for engine in waiting)} not ready after {timeout_s:g} s ({stages}). "
+                    f"Raise vllm_startup_timeout_s, or see {waiting[0].process.log_path}."
+                )
+            if on_progress is not None and (now - told >= 1.0 or not waiting):
+                told = now
+                names = {engine.name for engine in waiting}
+                stages_now = [
+                    (engine.name, engine.process.stage() if engine.name in names else "ready") for engine in self.engines
+                ]
+                on_progress(stages_now, now - began)
+            if waiting:
+                time.sleep(_POLL_S)

@@ -1,0 +1,120 @@
+"""One engine's process: start it behind its guard, see whether it lives, end it, and explain why it died."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from shoal.engines.command import LOOPBACK, EngineSpec, serve_command, serve_environment
+from shoal.engines.guard import GRACE_S
+from shoal.errors import ConfigError
+
+_REASON = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Interrupt)\b: .+")
+_PREFIX = re.compile(r"^\([^)]*\)\s*|\b(?:INFO|WARNING|ERROR|DEBUG)\s+\d\d-\d\d [\d:.]+ (?:\[[^\]]*\]\s*)?")
+
+
+class EngineProcess:
+    """A `vllm serve` behind its guard, writing to a log file of its own.
+
+    Args:
+        spec: What to start.
+        api_key: The run's key.
+        log_path: Created or overwritten.
+    """
+
+    def __init__(self, spec: EngineSpec, api_key: str, log_path: Path) -> None:
+        self.spec = spec
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-m", "shoal.engines.guard", "--parent", str(os.getpid())]
+        if spec.cpu_cores and not spec.cuda_devices:
+            guard += ["--cores", ",".join(str(core) for core in spec.cpu_cores)]
+        with log_path.open("wb") as log:
+            self._guard = subprocess.Popen(
+                [*guard, "--", *serve_command(spec)],
+                env=serve_environment(spec, api_key, os.environ),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C goes to the trainer alone, which then ends its engines in order.
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id of the guard."""
+        return self._guard.pid
+
+    def exit_status(self) -> int | None:
+        """Return the engine's exit status, or None while it lives."""
+        return self._guard.poll()
+
+    def ask_to_end(self) -> None:
+        """Begin ending the engine; `wait_ended` finishes it."""
+        if self._guard.poll() is None:
+            self._guard.send_signal(signal.SIGTERM)
+
+    def wait_ended(self) -> None:
+        """Wait until no process of the engine is left. The guard kills what does not end in time."""
+        try:
+            self._guard.wait(timeout=GRACE_S + 20.0)
+        except subprocess.TimeoutExpired:
+            # Only a guard that is itself stuck gets here (stopped by a debugger, say).
+            self._guard.kill()
+            self._guard.wait()
+
+    def why_it_died(self) -> str:
+        """Return the log's most telling line, for an error message."""
+        lines = tail(self.log_path, 400)
+        reasons = [match.group(0) for line in lines if (match := _REASON.search(line))]
+        # vLLM ends with a general "Engine core initialization failed" after the line that says why.
+        telling = [reason for reason in reasons if "Engine core" not in reason and "cancelled" not in reason.lower()]
+        candidates = telling or reasons or [line for line in lines if line.strip()]
+        return candidates[-1].strip()[:600] if candidates else "its log is empty"
+
+    def stage(self) -> str:
+        """Return the log's last line without its prefixes, for the progress line."""
+        lines = [line for line in tail(self.log_path, 5) if line.strip()]
+        return _PREFIX.sub("", _PREFIX.sub("", lines[-1])).strip()[:80] if lines else "starting"
+
+
+def tail(path: Path, num_lines: int) -> list[str]:
+    """Return the last lines of a text file (at most 64 KiB of it)."""
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - (64 << 10)))
+        return file.read().decode(errors="replace").splitlines()[-num_lines:]
+
+
+def choose_ports(num_engines: int, base_port: int | None) -> list[int]:
+    """Return a port for each engine: free ones, or `base_port` and those after it.
+
+    Raises:
+        ConfigError: A port of the range asked for is taken.
+    """
+    if base_port is None:
+        sockets = [socket.socket() for _ in range(num_engines)]
+        try:
+            for listener in sockets:
+                listener.bind((LOOPBACK, 0))
+            return [int(listener.getsockname()[1]) for listener in sockets]
+        finally:
+            for listener in sockets:
+                listener.close()
+    ports = list(range(base_port, base_port + num_engines))
+    for port in ports:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((LOOPBACK, port))
+            except OSError as error:
+                raise ConfigError(
+                    f"vllm_base_port={base_port} needs ports {ports[0]} to {ports[-1]}, but {port} is in use on "
+                    f"{LOOPBACK} ({error.strerror}). Choose another base, or leave vllm_base_port unset for free ports."
+                ) from error
+    return ports

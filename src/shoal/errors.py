@@ -1,0 +1,44 @@
+"""The exception tree: everything Shoal raises on purpose derives from `ShoalError`.
+
+A message says what is wrong (with the value seen), why it cannot work, and what to do.
+"""
+
+
+class ShoalError(Exception):
+    """Base of every error that Shoal raises on purpose."""
+
+
+class ConfigError(ShoalError, ValueError):
+    """A setting, or a combination of settings, that cannot work. Raised before anything starts."""
+
+
+class DatasetError(ShoalError, ValueError):
+    """A dataset that cannot be trained on: empty, without prompts, or with prompts that do not fit."""
+
+
+class PlacementError(ConfigError):
+    """Devices that do not exist, or a division of them that does not come out."""
+
+
+class RewardError(ShoalError):
+    """A reward function raised, timed out, or returned something that is not one number per completion."""
+
+
+class EngineError(ShoalError):
+    """An engine did not do what it was asked. The message names the engine and its log file."""
+
+
+class EngineStartError(EngineError):
+    """An engine process ended, or did not become ready in time, while it was being started."""
+
+
+class EngineRequestError(EngineError):
+    """An engine answered a request with an error, with something malformed, or not at all."""
+
+
+class WeightSyncError(ShoalError):
+    """A publish of weights failed or timed out. The message names the engine and the step of the publish."""
+
+
+class WeightProofError(WeightSyncError):
+    """An engine holds other weights than the trainer sent. The message names the parameter and the worker."""

@@ -1,0 +1,204 @@
+"""One frozen record per stage of a step: prompt, rollout, scored group, sequence, micro-batch.
+
+Shape letters used throughout: P prompts, K completions per prompt, T tokens of a packed micro-batch,
+N completion tokens of a micro-batch, S sequences of a micro-batch, F reward functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Message: TypeAlias = dict[str, Any]
+"""One chat message, `{"role": ..., "content": ...}`, as in the Hugging Face chat format."""
+
+PromptLike: TypeAlias = str | list[Message]
+"""What a dataset's `prompt` column may hold: text, or a conversation."""
+
+CompletionLike: TypeAlias = str | list[Message]
+"""What reward functions receive: text for text prompts, one assistant message for conversations."""
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One row of the dataset, ready to be sent to an engine.
+
+    Attributes:
+        row: Index of the row in the dataset.
+        prompt: The `prompt` column as the user wrote it; reward functions see this.
+        token_ids: The prompt as token ids, chat template applied.
+        columns: All other columns of the row, handed to reward functions by name.
+    """
+
+    row: int
+    prompt: PromptLike
+    token_ids: tuple[int, ...]
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """How an engine is to sample; the same for every completion of a step.
+
+    Attributes:
+        temperature: Softmax temperature; 0 is greedy.
+        max_tokens: Most tokens of a completion.
+        stop_token_ids: Tokens that end a completion (they stay part of it).
+    """
+
+    temperature: float
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """One completion that an engine is asked for.
+
+    Attributes:
+        prompt_token_ids: The prompt as token ids.
+        seed: Seed of this sample alone, derived from (run seed, step, prompt, sample).
+        sampling: How to sample.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+    sampling: SamplingSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One completion as an engine wrote it.
+
+    Attributes:
+        token_ids: `[tokens]` int32, the stop token included when there is one.
+        rollout_logprobs: `[tokens]` float32, the engine's logprob of each sampled token (after temperature).
+        finish_reason: `"stop"` at a stop token, `"length"` when cut at `max_tokens` or the context's end.
+        weight_version: Version of the weights that wrote it.
+        engine: Name of the engine that wrote it.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    rollout_logprobs: npt.NDArray[np.float32]
+    finish_reason: FinishReason
+    weight_version: int
+    engine: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """All completions of one prompt, with their rewards.
+
+    Attributes:
+        prompt: The prompt.
+        rollouts: The K completions.
+        completions: The K completions as the reward functions saw them.
+        rewards: `[K, F]` float64, one column per reward function; NaN where a function answered `None`.
+        extras: Columns that reward functions added with `log_extra`, each of length K.
+    """
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    completions: tuple[CompletionLike, ...]
+    rewards: npt.NDArray[np.float64]
+    extras: Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequence:
+    """One prompt with one completion, ready to be packed.
+
+    Attributes:
+        token_ids: `[tokens]` int64, prompt and completion.
+        prompt_length: How many of them are the prompt (at least 1).
+        advantage: The completion's advantage.
+        rollout_logprobs: `[tokens - prompt_length]` float32.
+        in_loss: Whether the completion counts in the loss and in its denominators
+            (`mask_truncated_completions` sets it to False for completions cut by length).
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    prompt_length: int
+    advantage: float
+    rollout_logprobs: npt.NDArray[np.float32]
+    in_loss: bool
+
+    @property
+    def completion_length(self) -> int:
+        """Number of completion tokens."""
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Whole sequences laid end to end, with no padding: what one forward pass takes.
+
+    The logits at `predictor_positions[n]` predict `target_ids[n]`; every completion token is a target, no prompt
+    token is. The loss is `sum_n loss_weights[n] * token_loss[n]`: the weights carry the one denominator of the whole
+    step, over all micro-batches and ranks, so the gradient does not depend on how the step was cut.
+
+    Attributes:
+        input_ids: `[T]` int64.
+        position_ids: `[T]` int64, from 0 in each sequence.
+        predictor_positions: `[N]` int64, indices into the T tokens.
+        target_ids: `[N]` int64.
+        sequence_index: `[N]` int64, in `[0, num_sequences)`: the sequence that a target belongs to.
+        num_sequences: S.
+        advantages: `[N]` float32.
+        rollout_logprobs: `[N]` float32.
+        loss_weights: `[N]` float32, 0 for tokens that do not count.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    predictor_positions: torch.Tensor
+    target_ids: torch.Tensor
+    sequence_index: torch.Tensor
+    num_sequences: int
+    advantages: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    loss_weights: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of packed tokens, T."""
+        return int(self.input_ids.numel())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterMeta:
+    """Name, type and full shape of one parameter of a checkpoint.
+
+    Attributes:
+        name: The name under which the checkpoint has it.
+        dtype: The type's name without the module, such as `"bfloat16"`.
+        shape: The full (unsharded) shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """What one publish of weights did.
+
+    Attributes:
+        version: The version that every engine now holds.
+        num_workers: Workers that proved it.
+        num_digests: Digests compared, over all workers.
+        seconds: Wall time from the call to the last engine's resumption.
+    """
+
+    version: int
+    num_workers: int
+    num_digests: int
+    seconds: float

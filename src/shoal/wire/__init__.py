@@ -1,0 +1,5 @@
+"""What both ends of a weight transfer must agree on: the slice plan, the digest, how they meet. Torch only.
+
+The trainer (`shoal.weights`) and the receiving end inside vLLM (`shoal.vllm_plugin`) both import this room, and
+neither imports the other.
+"""

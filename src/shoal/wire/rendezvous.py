@@ -1,0 +1,79 @@
+"""How the trainer and one engine's workers meet: a key-value store, and a process group of their own beside it.
+
+The store is a mailbox for small plain bytes (plans, digests); the group carries tensors. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import Literal
+
+import torch.distributed as dist
+
+GroupBackend = Literal["gloo", "nccl"]
+
+WIRE_KEY = "wire"
+"""Key under which the trainer leaves what it will send, once it has every worker's plan."""
+
+
+def host_store(host: str, timeout_s: float) -> dist.TCPStore:
+    """Serve a store on `host` alone, on a free port.
+
+    torch binds a store to every interface unless it is handed a socket that is bound already.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.bind((host, 0))
+    listener.listen(128)
+    port = int(listener.getsockname()[1])
+    return dist.TCPStore(
+        host,
+        port,
+        None,
+        True,
+        timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """Connect to the store that the trainer serves."""
+    return dist.TCPStore(host, port, None, False, timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+def make_group(
+    store: dist.Store, *, backend: GroupBackend, host: str, rank: int, size: int, timeout_s: float
+) -> dist.ProcessGroup:
+    """Form a process group over `store`, apart from any default group of this process.
+
+    Blocks until all `size` members have called it.
+
+    Args:
+        store: Where the members meet.
+        backend: `"nccl"` between GPUs, `"gloo"` between CPUs.
+        host: Address of this process that the others can reach (gloo only).
+        rank: Of this process in the group.
+        size: Of the group.
+        timeout_s: For forming the group and for each operation on it.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    meeting = dist.PrefixStore("group", store)
+    if backend == "gloo":
+        gloo = dist.ProcessGroupGloo._Options()
+        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        gloo._timeout = timeout
+        return dist.ProcessGroupGloo(meeting, rank, size, gloo)
+    nccl = dist.ProcessGroupNCCL.Options()
+    nccl._timeout = timeout
+    return dist.ProcessGroupNCCL(meeting, rank, size, nccl)
+
+
+def plan_key(rank: int) -> str:
+    """Key under which a worker leaves its slice plan."""
+    return f"plan/{rank}"
+
+
+def digest_key(version: int, attempt: int, rank: int) -> str:
+    """Key under which a worker leaves its digests of one publish."""
+    return f"digest/{version}/{attempt}/{rank}"
