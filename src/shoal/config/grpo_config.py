@@ -1,0 +1,159 @@
+"""`GRPOConfig`: every setting of a run. Names are TRL's wherever the meaning is TRL's."""
+
+# ruff: noqa: RUF009 -- `setting` makes a dataclass field, it is not a shared mutable default.
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from shoal.config.batch import BATCH_RULES
+from shoal.config.normalize import parse_json_settings, translate_trl_values
+from shoal.config.rules import RULES
+from shoal.config.setting import setting
+from shoal.config.trl_only import TrlOnlyFields
+
+_DEDICATED_MEMORY = 0.9
+_SHARED_MEMORY = 0.3  # TRL's default for an engine beside a trainer.
+
+
+@dataclass
+class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # transformers is not typed
+    """The settings of a GRPO run: transformers' `TrainingArguments`, TRL's GRPO settings, and those of the engines.
+
+    `per_device_train_batch_size` counts completions, as in TRL: one optimizer step trains on
+    `per_device_train_batch_size * world_size * gradient_accumulation_steps` of them, `num_generations` for each prompt.
+
+    Defaults that differ from `TrainingArguments` as they do in TRL: `learning_rate`, `logging_steps`,
+    `gradient_checkpointing`, `bf16`, `remove_unused_columns`. Unlike in TRL, `bf16` is on by default only where a GPU
+    can do it: CPUs without native bfloat16 are slower with it than in float32, and transformers refuses it there.
+
+    Raises:
+        ConfigError: A setting or a combination of settings cannot work.
+    """
+
+    learning_rate: float = setting(1e-6, "Peak learning rate of the optimizer.")
+    logging_steps: float = setting(10, "Log every so many steps; below 1, a share of all steps.")
+    gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass to save memory.")
+    bf16: bool | None = setting(None, "Train in bfloat16 mixed precision. Unset: yes on GPUs that can, unless fp16 is.")
+    remove_unused_columns: bool = setting(False, "Must stay off: rewards are handed the dataset's other columns.")
+
+    # Model
+    model_init_kwargs: dict[str, Any] | str | None = setting(None, "Arguments for from_pretrained, as JSON.")
+    trust_remote_code: bool = setting(False, "Run Python code that comes with a model or tokenizer.")
+    disable_dropout: bool = setting(False, "Turn the model's dropout off.")
+
+    # Data and generation
+    num_generations: int = setting(8, "Completions for each prompt; they are compared with one another.")
+    num_generations_eval: int | None = setting(None, "The same in evaluation. Unset: num_generations.")
+    max_completion_length: int = setting(512, "Most tokens of a completion.")
+    shuffle_dataset: bool = setting(True, "Take prompts in random order, fixed by data_seed or seed.")
+    temperature: float = setting(1.0, "Sampling temperature, for engines and for the trainer's logprobs.")
+    eval_temperature: float | None = setting(None, "Temperature in evaluation. Unset: temperature; 0: greedy.")
+    chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Arguments for the chat template, as JSON.")
+    generation_batch_size: int | None = setting(None, "Completions written at once: those of one optimizer step.")
+    steps_per_generation: int | None = setting(None, "The same in micro-steps: gradient_accumulation_steps.")
+    num_iterations: int = setting(1, "Optimizer steps on each batch of completions; only 1 for now.")
+
+    # Loss
+    loss_type: str = setting("dapo", "How token losses are averaged: dapo or grpo.")
+    beta: float = setting(0.0, "Weight of the KL term to the reference model; 0: no reference model is loaded.")
+    epsilon: float = setting(0.2, "How far the ratio may fall below 1 before it is clipped.")
+    epsilon_high: float | None = setting(None, "How far it may rise above 1. Unset: epsilon.")
+    delta: float | None = setting(
+        None, "Upper bound of the ratio where the advantage is negative (two-sided clipping)."
+    )
+    importance_sampling_level: str = setting("token", "One ratio for each token, or for each sequence.")
+    reward_weights: list[float] | None = setting(None, "One weight for each reward function. Unset: 1 for each.")
+    multi_objective_aggregation: str = setting(
+        "sum_then_normalize", "How rewards are joined: sum_then_normalize or normalize_then_sum."
+    )
+    scale_rewards: str = setting("group", "Divide by the standard deviation of the group, of the batch, or none.")
+    mask_truncated_completions: bool = setting(
+        False, "Leave completions that reached the length limit out of the loss."
+    )
+    use_bias_correction_kl: bool = setting(True, "Multiply the KL term by the importance ratio.")
+    vllm_importance_sampling_correction: bool = setting(
+        True, "Correct for the gap between the engines' and the trainer's logprobs."
+    )
+    vllm_importance_sampling_mode: str = setting(
+        "sequence_mask", "How: token_truncate, token_mask, sequence_truncate or sequence_mask."
+    )
+    vllm_importance_sampling_clip_max: float | None = setting(3.0, "Upper bound of the correcting ratio.")
+    vllm_importance_sampling_clip_min: float | None = setting(None, "Lower bound of the correcting ratio.")
+    max_tokens_per_micro_batch: int | None = setting(
+        None, "Most tokens of a packed forward pass. Unset: per_device_train_batch_size sequences of full length."
+    )
+
+    # Engines
+    use_vllm: bool | None = setting(None, "For scripts from TRL: completions are always written by vLLM engines.")
+    vllm_mode: str | None = setting(None, "For scripts from TRL: colocate is vllm_devices=colocate; server is auto.")
+    vllm_devices: str = setting(
+        "auto", "GPUs for engines: auto (those the trainer leaves), colocate, cuda:2,cuda:3, 4-7, cpu, or cpu:2."
+    )
+    vllm_tensor_parallel_size: int = setting(1, "Devices that each layer of an engine is split over.")
+    vllm_pipeline_parallel_size: int = setting(1, "Stages that the layers of an engine are split into.")
+    vllm_num_engines: int | None = setting(None, "Engines to start. Unset: as many as fit; on CPUs, up to two.")
+    vllm_gpu_memory_utilization: float | None = setting(
+        None, "Share of a GPU's memory an engine takes. Unset: 0.9; beside a trainer, 0.3."
+    )
+    vllm_max_model_length: int | None = setting(None, "Context of the engines, in tokens. Unset: the model's own.")
+    vllm_model_impl: str = setting("vllm", "Model code that engines use: vllm or transformers.")
+    vllm_dtype: str | None = setting(None, "Type of the engines' weights. Unset: what the trainer computes in.")
+    vllm_base_port: int | None = setting(None, "Engine i listens on this port plus i. Unset: free ports.")
+    vllm_extra_args: dict[str, Any] | str | None = setting(None, "Further flags of vllm serve, as JSON.")
+    vllm_startup_timeout_s: float = setting(600.0, "Seconds an engine may take to become ready.")
+    vllm_request_timeout_s: float = setting(1800.0, "Seconds an engine may take to write one completion.")
+    weight_sync_timeout_s: float = setting(300.0, "Seconds a publish of weights to all engines may take.")
+
+    # Rewards
+    reward_timeout_s: float = setting(600.0, "Seconds a reward function may take for one group of completions.")
+    reward_on_error: str = setting("raise", "What follows when a reward function fails; only raise for now.")
+    reward_preflight: bool = setting(True, "Try every reward function on one made-up completion before training.")
+
+    # Logging
+    log_completions: bool = setting(False, "Print and keep sample completions every logging_steps.")
+    num_completions_to_print: int | None = setting(None, "How many of them to print. Unset: all.")
+
+    def __post_init__(self) -> None:
+        """Check the settings: first those that need no device, then transformers' own, then the batch."""
+        parse_json_settings(self)
+        translate_trl_values(self)
+        for rule in RULES:
+            rule(self)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not _trains_on_cpu(self) and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        # One process trains on one GPU. Without this, a plain `python train.py` would wrap the model in
+        # nn.DataParallel over every GPU it sees, those of the engines too.
+        self._n_gpu = min(self.n_gpu, 1)
+        for rule in BATCH_RULES:
+            rule(self)
+
+    @property
+    def completions_per_step(self) -> int:
+        """Completions that one optimizer step trains on, over all processes."""
+        return int(self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps)
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts that one optimizer step trains on, over all processes."""
+        return self.completions_per_step // self.num_generations
+
+    def engine_memory_utilization(self, *, colocated: bool) -> float:
+        """Return the share of a GPU's memory that an engine takes.
+
+        Args:
+            colocated: Whether a trainer process uses the GPU too.
+        """
+        if self.vllm_gpu_memory_utilization is not None:
+            return self.vllm_gpu_memory_utilization
+        return _SHARED_MEMORY if colocated else _DEDICATED_MEMORY
+
+
+def _trains_on_cpu(config: GRPOConfig) -> bool:
+    return bool(config.use_cpu) or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")

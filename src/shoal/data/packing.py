@@ -1,0 +1,88 @@
+"""Decide which sequences share a micro-batch, and which rank gets it, from their lengths alone."""
+
+from __future__ import annotations
+
+import heapq
+from collections import abc
+from typing import TypeAlias
+
+MicroBatchPlan: TypeAlias = tuple[tuple[tuple[int, ...], ...], ...]
+"""For each rank, for each of its micro-batches, the indices of its sequences; empty for a filler."""
+
+
+def plan_micro_batches(lengths: abc.Sequence[int], num_ranks: int, max_tokens: int) -> MicroBatchPlan:
+    """Cut a step's sequences into micro-batches, the same number for every rank and at least one.
+
+    Every rank must run the same number of forward passes, since each is a collective on sharded models. A rank with
+    fewer micro-batches than another has its fullest ones halved; when it has not enough sequences for that, it
+    gets empty ones, to be filled with `build_filler`.
+
+    Args:
+        lengths: Tokens of each sequence, prompt included.
+        num_ranks: Number of trainer ranks.
+        max_tokens: Token budget of a micro-batch; a longer sequence gets one alone.
+    """
+    per_rank = [_pack_rank(lengths, indices, max_tokens) for indices in balance(lengths, num_ranks)]
+    count = max(1, *(len(micro_batches) for micro_batches in per_rank))
+    return tuple(tuple(tuple(batch) for batch in _stretch(batches, count)) for batches in per_rank)
+
+
+def balance(lengths: abc.Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Share sequences among ranks so that their token counts come out close.
+
+    The longest remaining sequence goes to the rank with the fewest tokens (ties: fewest sequences, then lowest rank),
+    which keeps any two ranks within the length of the longest sequence of each other.
+
+    Returns:
+        For each rank, the ascending indices of its sequences.
+    """
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    heap = [(0, 0, rank) for rank in range(num_ranks)]
+    for index in _longest_first(lengths, range(len(lengths))):
+        num_tokens, num_sequences, rank = heapq.heappop(heap)
+        ranks[rank].append(index)
+        heapq.heappush(heap, (num_tokens + lengths[index], num_sequences + 1, rank))
+    return [sorted(indices) for indices in ranks]
+
+
+def first_fit_decreasing(lengths: abc.Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Put sequences into as few micro-batches of at most `max_tokens` as first-fit-decreasing finds.
+
+    That is at most 11/9 of the fewest possible (and one more). A sequence longer than the budget is alone.
+
+    Returns:
+        For each micro-batch, the ascending indices of its sequences.
+    """
+    return _pack_rank(lengths, range(len(lengths)), max_tokens)
+
+
+def _pack_rank(lengths: abc.Sequence[int], indices: abc.Iterable[int], max_tokens: int) -> list[list[int]]:
+    """Pack the sequences at `indices`, longest first, each into the first micro-batch with room."""
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for index in _longest_first(lengths, indices):
+        place = next((i for i, free in enumerate(room) if lengths[index] <= free), None)
+        if place is None:
+            place = len(batches)
+            batches.append([])
+            room.append(max_tokens)
+        batches[place].append(index)
+        room[place] -= lengths[index]
+    return [sorted(batch) for batch in batches]
+
+
+def _stretch(batches: list[list[int]], count: int) -> list[list[int]]:
+    """Split micro-batches until there are `count`; add empty ones where nothing is left to split."""
+    batches = list(batches)
+    while len(batches) < count:
+        largest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)
+        if largest is None or len(batches[largest]) < 2:
+            return [*batches, *([[]] * (count - len(batches)))]
+        batch = batches[largest]
+        batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return batches
+
+
+def _longest_first(lengths: abc.Sequence[int], indices: abc.Iterable[int]) -> list[int]:
+    """Sort by length, longest first, equal lengths by index, so that every rank and every rerun plans the same."""
+    return sorted(indices, key=lambda index: (-lengths[index], index))

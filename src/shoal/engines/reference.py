@@ -1,0 +1,71 @@
+"""The slow, exact reference: completions by `transformers`, one at a time. What the other engines are tested against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.types import FinishReason, Rollout, RolloutRequest
+
+
+class ReferenceEngine:
+    """A `RolloutEngine` that runs a transformers model in this process, without a cache of keys and values.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        name: For metrics.
+    """
+
+    def __init__(self, model: Any, *, name: str = "reference") -> None:
+        self._model = model
+        self._name = name
+        self.weight_version = 0
+
+    @property
+    def name(self) -> str:
+        """Short name."""
+        return self._name
+
+    async def generate(self, request: RolloutRequest) -> Rollout:
+        """Write one completion: greedy at temperature 0, else by inverse transform of this sample's own stream."""
+        return self.complete(request)
+
+    @torch.no_grad()
+    def complete(self, request: RolloutRequest) -> Rollout:
+        """Write one completion."""
+        device = next(self._model.parameters()).device
+        random = np.random.default_rng(request.seed)
+        ids = list(request.prompt_token_ids)
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        finish_reason: FinishReason = "length"
+        while len(tokens) < request.sampling.max_tokens:
+            logits = self._model(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].double()
+            token, logprob = _sample(logits.cpu(), request.sampling.temperature, random)
+            ids.append(token)
+            tokens.append(token)
+            logprobs.append(logprob)
+            if token in request.sampling.stop_token_ids:
+                finish_reason = "stop"
+                break
+        return Rollout(
+            token_ids=np.array(tokens, dtype=np.int32),
+            rollout_logprobs=np.array(logprobs, dtype=np.float32),
+            finish_reason=finish_reason,
+            weight_version=self.weight_version,
+            engine=self._name,
+        )
+
+
+def _sample(logits: torch.Tensor, temperature: float, random: np.random.Generator) -> tuple[int, float]:
+    if temperature == 0:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        token = int(logprobs.argmax())
+        return token, float(logprobs[token])
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    cumulative = logprobs.exp().cumsum(0)
+    token = int(torch.searchsorted(cumulative, random.random() * float(cumulative[-1]), right=True))
+    token = min(token, len(logprobs) - 1)
+    return token, float(logprobs[token])

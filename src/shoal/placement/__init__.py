@@ -1,0 +1,1 @@
+"""Which devices there are, and who gets them. Nothing here starts a process or touches a GPU's memory."""

@@ -1,0 +1,17 @@
+"""Calling users' reward functions, checking them before training, and a few well-known rewards."""
+
+from shoal.rewards.caller import GroupScore, RewardCaller
+from shoal.rewards.functions import RewardFunction, normalise_reward_funcs
+from shoal.rewards.known import accuracy_reward, get_soft_overlong_punishment, think_format_reward
+from shoal.rewards.preflight import check_rewards
+
+__all__ = [
+    "GroupScore",
+    "RewardCaller",
+    "RewardFunction",
+    "accuracy_reward",
+    "check_rewards",
+    "get_soft_overlong_punishment",
+    "normalise_reward_funcs",
+    "think_format_reward",
+]

@@ -1,0 +1,62 @@
+"""An engine that writes made-up tokens, as slowly and as unreliably as a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+
+from shoal.errors import EngineRequestError
+from shoal.types import Rollout, RolloutRequest
+
+
+class FakeEngine:
+    """A `RolloutEngine` whose completions follow from the request's seed alone.
+
+    Args:
+        name: Of the engine.
+        delay_s: Seconds that a request takes, from its seed.
+        fails: Whether a request fails, from its seed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        delay_s: Callable[[int], float] = lambda seed: 0.0,
+        fails: Callable[[int], bool] = lambda seed: False,
+    ) -> None:
+        self._name = name
+        self._delay_s = delay_s
+        self._fails = fails
+        self.requests: list[RolloutRequest] = []
+        self.running = 0
+        self.most_running = 0
+        self.weight_version = 0
+
+    @property
+    def name(self) -> str:
+        """Short name."""
+        return self._name
+
+    async def generate(self, request: RolloutRequest) -> Rollout:
+        """Write one completion of 1 to `max_tokens` tokens."""
+        self.requests.append(request)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(self._delay_s(request.seed))
+            if self._fails(request.seed):
+                raise EngineRequestError(f"{self._name} was told to fail")
+        finally:
+            self.running -= 1
+        random = np.random.default_rng(request.seed)
+        length = int(random.integers(1, request.sampling.max_tokens + 1))
+        return Rollout(
+            token_ids=random.integers(3, 100, size=length).astype(np.int32),
+            rollout_logprobs=-random.random(length).astype(np.float32),
+            finish_reason="stop" if length < request.sampling.max_tokens else "length",
+            weight_version=self.weight_version,
+            engine=self._name,
+        )

@@ -1,0 +1,1 @@
+"""`GRPOTrainer`, and the wiring of everything it needs."""

@@ -1,0 +1,96 @@
+"""What rank 0 tells the other ranks: a step's sequences, or that it failed. Tensors and plain bytes, never pickles."""
+
+from __future__ import annotations
+
+import json
+from collections import abc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shoal.data.table import TableSizes, empty_table, sequences_from_table, table_from_sequences
+from shoal.errors import ShoalError
+from shoal.types import Sequence
+
+
+class RankZeroFailedError(ShoalError):
+    """Rank 0 failed; this is raised on all other ranks, so that none waits for it. Rank 0 raises its own error."""
+
+
+class Exchange:
+    """Broadcasts from rank 0. Every method is a collective: all ranks must call it, in the same order.
+
+    Args:
+        rank: Of this process.
+        world_size: Number of trainer processes; with one, nothing is sent.
+        device: Where the process group's tensors live.
+    """
+
+    def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
+        self._rank = rank
+        self._is_alone = world_size == 1
+        self._device = device
+
+    def sequences(self, make: Callable[[], abc.Sequence[Sequence]]) -> list[Sequence]:
+        """Call `make` on rank 0 and return its sequences on all ranks.
+
+        Raises:
+            RankZeroFailedError: On the other ranks, when `make` raised; rank 0 raises what it raised.
+        """
+        if self._is_alone:
+            return list(make())
+        made = self._on_rank_zero(make)
+        table = table_from_sequences(made) if made is not None else None
+        sizes = table.sizes if table is not None else TableSizes(num_sequences=0, num_tokens=0, num_completion_tokens=0)
+        header = torch.tensor([sizes.num_sequences, sizes.num_tokens, sizes.num_completion_tokens], device=self._device)
+        dist.broadcast(header, src=0)
+        counts = [int(count) for count in header.tolist()]
+        room = empty_table(
+            TableSizes(num_sequences=counts[0], num_tokens=counts[1], num_completion_tokens=counts[2]), self._device
+        )
+        for index, tensor in enumerate(room.tensors):
+            if table is not None:
+                tensor.copy_(table.tensors[index])
+            # Not every backend sends bool.
+            dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, src=0)
+        return sequences_from_table(room)
+
+    def json(self, make: Callable[[], Any]) -> Any:
+        """Call `make` on rank 0 and return its value, of plain JSON types, on all ranks.
+
+        Raises:
+            RankZeroFailedError: As for `sequences`.
+        """
+        if self._is_alone:
+            return make()
+        value = self._on_rank_zero(make)
+        return json.loads(self._bytes(json.dumps(value).encode() if self._rank == 0 else b""))
+
+    def _on_rank_zero(self, make: Callable[[], Any]) -> Any:
+        """Call `make` on rank 0; let every rank know whether it worked before any goes on."""
+        value: Any = None
+        failure: BaseException | None = None
+        if self._rank == 0:
+            try:
+                value = make()
+            except BaseException as error:
+                failure = error
+        message = self._bytes(f"{type(failure).__name__}: {failure}".encode() if failure is not None else b"")
+        if failure is not None:
+            raise failure
+        if message:
+            raise RankZeroFailedError(f"rank 0 failed, see its output: {message.decode(errors='replace')}")
+        return value
+
+    def _bytes(self, payload: bytes) -> bytes:
+        size = torch.tensor([len(payload)], device=self._device)
+        dist.broadcast(size, src=0)
+        if int(size) == 0:
+            return b""
+        room = torch.empty(int(size), dtype=torch.uint8, device=self._device)
+        if self._rank == 0:
+            room.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(room, src=0)
+        return bytes(room.cpu().numpy())

@@ -1,0 +1,492 @@
+"""`GRPOTrainer`: a `transformers.Trainer` whose batches are written by vLLM engines as it goes.
+
+Everything happens at one seam, `get_batch_samples`, which transformers calls once for each optimizer step: rank 0
+collects the step's completions, every rank receives them and takes its share as packed micro-batches. After the
+optimizer's step the new weights are published. The rest (callbacks, checkpoints, schedulers, precision) is inherited.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from shoal.algorithm.objective import grpo_objective
+from shoal.algorithm.seeds import sample_seed
+from shoal.config import GRPOConfig
+from shoal.data.prompts import PromptSource
+from shoal.data.schedule import PromptSchedule
+from shoal.engines.fleet import StartProgress
+from shoal.errors import ConfigError
+from shoal.observe.completions import CompletionsWriter, rows_of_group
+from shoal.observe.ledger import TimeLedger
+from shoal.observe.metrics import MetricsWriter
+from shoal.rewards import RewardCaller, check_rewards, normalise_reward_funcs
+from shoal.rollout.collector import GroupRequest
+from shoal.rollout.loop_thread import LoopThread
+from shoal.trainer import groups as step_groups
+from shoal.trainer.checks import check_disk, check_reward_weights, longest_prompt
+from shoal.trainer.exchange import Exchange
+from shoal.trainer.factory import draw_blueprint, plan_placement, start_rollouts
+from shoal.trainer.forward import packed_logprobs, takes_logits_to_keep
+from shoal.trainer.model import (
+    ReferencePolicy,
+    add_adapter,
+    context_length,
+    is_sharded,
+    load_policy,
+    load_tokenizer,
+    num_parameter_bytes,
+    read_config,
+    stop_token_ids,
+)
+from shoal.trainer.progress import print_start_progress
+from shoal.trainer.rollouts import Rollouts
+from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread, to_device
+from shoal.trainer.step_log import StepLog
+from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
+from shoal.types import Sequence as TrainingSequence
+
+_ROLLOUT_TIMEOUT_FACTOR = 10.0  # a step may take this many times as long as one completion
+
+
+class GRPOTrainer(Trainer):  # type: ignore[misc]
+    """Train a language model with GRPO; the arguments are TRL's.
+
+    Engines start with the first call of `train` or `evaluate`, and end with `close`, with an error, or with the
+    process. All settings, the dataset and the reward functions are checked in the constructor, before anything starts.
+
+    Args:
+        model: A folder, a hub id, or a causal language model.
+        reward_funcs: One function or several; see `shoal.rewards` for the convention.
+        args: Settings; None for the defaults, in a folder named after the model.
+        train_dataset: With a column `prompt` of text or of conversations; other columns are handed to the rewards.
+        eval_dataset: The same, for `evaluate`.
+        processing_class: The tokenizer; None for the model's own.
+        callbacks: transformers callbacks.
+        optimizers: As in `transformers.Trainer`.
+        peft_config: Train an adapter of this kind instead of all weights.
+
+    Raises:
+        ShoalError: Something cannot work: a setting, the dataset, a reward function, the devices.
+    """
+
+    _tag_names = ("shoal", "grpo")
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]],
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = args or GRPOConfig(output_dir=f"{_short_name(model)}-GRPO")
+        functions = normalise_reward_funcs(reward_funcs)
+        self._rewards = RewardCaller(functions, timeout_s=args.reward_timeout_s)
+        self._reward_weights = check_reward_weights(args.reward_weights, len(functions))
+        if train_dataset is None:
+            raise ConfigError("train_dataset is missing. Pass a datasets.Dataset with a column `prompt`.")
+        tokenizer = processing_class or load_tokenizer(model, args)
+        self._exchange = Exchange(rank=args.process_index, world_size=args.world_size, device=args.device)
+        config = read_config(model, args)
+        self._plan = plan_placement(config, args)
+        max_prompt = longest_prompt(context_length(config), args.vllm_max_model_length, args.max_completion_length)
+        self._prompts = _prompt_source(train_dataset, tokenizer, max_prompt, args)
+        self._eval_prompts = (
+            _prompt_source(eval_dataset, tokenizer, max_prompt, args) if eval_dataset is not None else None
+        )
+        self._schedule = PromptSchedule(
+            num_prompts=len(self._prompts),
+            prompts_per_step=args.prompts_per_step,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.shuffle_dataset,
+        )
+        self._preflight_rewards(args, tokenizer)
+
+        policy = load_policy(model, args)
+        if peft_config is not None:
+            policy = add_adapter(policy, peft_config, args)
+        check_disk(
+            Path(args.output_dir),
+            model_bytes=num_parameter_bytes(policy),
+            saves_optimizer=args.save_strategy != "no" and not args.save_only_model,
+        )
+        self._reference = ReferencePolicy(policy) if args.beta > 0 else None
+        self._keeps_logits = takes_logits_to_keep(policy)
+        self._stop_token_ids = stop_token_ids(policy, tokenizer)
+        self._objective = objective_settings(args)
+        self._rollouts: Rollouts | None = None
+        self._step_log = StepLog()
+        self._eval_log = StepLog()
+        self._reward_log: list[tuple[str, float]] = []
+        self.ledger = TimeLedger()
+        self.engine_start_progress: StartProgress = print_start_progress
+        """Told how far the engines are while they start; replace it to show it differently."""
+
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=_no_collation,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # The loss carries the step's one denominator; transformers must not divide it again.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = True
+        self._max_tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * self._max_sequence()
+        self._completions = self._open_completions()
+        self._metrics_file: MetricsWriter | None = None
+        self.add_callback(_StepEnd(self))
+
+    # ---- what transformers calls ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer.train`. If it fails or is interrupted, the engines are ended."""
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            self.close()
+            raise
+
+    def get_train_dataloader(self) -> DataLoader[int]:
+        """Return a loader that only counts: which prompts a step takes follows from its number (`PromptSchedule`)."""
+        ticks = self._schedule.steps_per_epoch * self.args.gradient_accumulation_steps
+        return DataLoader(range(ticks), batch_size=None)  # type: ignore[arg-type]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
+    ) -> tuple[list[list[MicroBatch]], None]:
+        """Have one optimizer step's completions written and rewarded, and return this rank's share, packed."""
+        ticks = list(itertools.islice(epoch_iterator, num_batches))
+        if not ticks:
+            return [], None
+        sequences = self._exchange.sequences(self._write_step)
+        self._train_began = time.monotonic()
+        micro_batches = micro_batches_of_rank(
+            sequences,
+            loss_type=self.args.loss_type,
+            rank=self.args.process_index,
+            num_ranks=self.args.world_size,
+            max_tokens=self._max_tokens,
+        )
+        return spread(micro_batches, len(ticks)), None
+
+    def training_step(
+        self, model: nn.Module, inputs: list[MicroBatch], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward on each micro-batch; gradients are exchanged in the last one only."""
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        total = torch.zeros((), device=self.args.device)
+        for index, micro_batch in enumerate(inputs):
+            is_last = index == len(inputs) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, to_device(micro_batch, self.args.device))
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: MicroBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return a micro-batch's share of the step's loss, times the number of ranks.
+
+        Gradients are averaged over ranks (DDP, FSDP), while the shares are to be summed.
+        """
+        if return_outputs:
+            raise NotImplementedError("GRPOTrainer computes logprobs only and keeps no outputs")
+        temperature = self.args.temperature
+        ref_logprobs = None
+        if self._reference is not None:
+            reference, context = self._reference.model(model, self.accelerator.unwrap_model(model))
+            with torch.no_grad(), context:
+                ref_logprobs = packed_logprobs(
+                    reference, inputs, temperature=temperature, keeps_logits=self._keeps_logits
+                ).logprobs
+        policy = packed_logprobs(model, inputs, temperature=temperature, keeps_logits=self._keeps_logits)
+        objective = grpo_objective(
+            inputs,
+            policy.logprobs,
+            # Each batch is trained on once, so the policy that is being differentiated is the old one too.
+            old_logprobs=None,
+            ref_logprobs=ref_logprobs,
+            settings=self._objective,
+            entropy=policy.entropy,
+        )
+        self._step_log.add_objective(objective.metrics)
+        return objective.loss * self.args.world_size
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Have the current weights complete every prompt of the dataset, and return the metrics of the rewards.
+
+        `num_generations_eval` and `eval_temperature` apply; the default is `eval_reward` for the mean reward and so on.
+        """
+        source = self._eval_prompts
+        if eval_dataset is not None:
+            source = _prompt_source(eval_dataset, self.processing_class, self._max_prompt_tokens(), self.args)
+        if source is None:
+            raise ConfigError("evaluate() needs an eval_dataset. Pass one, here or to GRPOTrainer.")
+        metrics: dict[str, float] = self._exchange.json(
+            lambda: {f"{metric_key_prefix}_{name}": value for name, value in self._evaluate_prompts(source).items()}
+        )
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with everything that happened since the last time when it is the training that logs."""
+        if self.model.training and not any(name.startswith("eval_") for name in logs):
+            logs |= self._step_log.take()
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            self._metrics_writer().write(self.state.global_step, logs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Estimate the operations of a training step: 6 for each parameter and token."""
+        num_tokens = sum(micro_batch.num_tokens for micro_batch in inputs)
+        return 6 * num_tokens * int(self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True))
+
+    # ---- the engines ----
+
+    @property
+    def rollouts(self) -> Rollouts | None:
+        """The running engines; None before they start, and on ranks other than 0."""
+        return self._rollouts
+
+    def score(
+        self, prompts: Sequence[Prompt], *, num_generations: int, temperature: float, seed_step: int
+    ) -> tuple[ScoredGroup, ...]:
+        """Have the current weights complete and the rewards judge some prompts. Rank 0 only.
+
+        Args:
+            prompts: What to complete.
+            num_generations: Completions for each.
+            temperature: 0 for greedy.
+            seed_step: Takes the place of the step in the samples' seeds.
+        """
+        rollouts = self._running_rollouts()
+        if rollouts.version != self.state.global_step:
+            self._publish()
+        request = GroupRequest(
+            prompts=tuple(prompts),
+            num_generations=num_generations,
+            sampling=SamplingSettings(
+                temperature=temperature,
+                max_tokens=self.args.max_completion_length,
+                stop_token_ids=self._stop_token_ids,
+            ),
+            seed=lambda prompt, sample: sample_seed(self.args.seed, seed_step, prompt.row, sample),
+        )
+        return rollouts.collect(request, timeout_s=self.args.vllm_request_timeout_s * _ROLLOUT_TIMEOUT_FACTOR)
+
+    def close(self) -> None:
+        """End the engines. A later `train` or `evaluate` starts them again."""
+        if self._rollouts is not None:
+            self._rollouts.close()
+            self._rollouts = None
+
+    def publish_after_step(self) -> None:
+        """Publish the weights that the optimizer's step has made. All ranks call it."""
+        self._step_log.end_step(self.args.world_size)
+        seconds = time.monotonic() - self._train_began
+        self._step_log.add({"seconds/train": seconds})
+        self.ledger.add("train", seconds)
+        self._exchange.json(self._publish)
+
+    # ---- rank 0 ----
+
+    def _write_step(self) -> list[TrainingSequence]:
+        """Collect one step's groups and turn them into training sequences."""
+        step = self.state.global_step
+        prompts = [self._prompts.get(row) for row in self._schedule.rows(step)]
+        self._running_rollouts()
+        began = time.monotonic()
+        with self.ledger.phase("generate"):
+            groups = self.score(
+                prompts,
+                num_generations=self.args.num_generations,
+                temperature=self.args.temperature,
+                seed_step=step,
+            )
+        seconds = time.monotonic() - began
+        judged = step_groups.judge(groups, self._reward_weights, self.args)
+        self.state.num_input_tokens_seen += step_groups.num_tokens(groups)
+        num_completion_tokens = sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
+        self._step_log.add(
+            step_groups.group_metrics(judged, self._rewards.names)
+            | {
+                "num_tokens": float(self.state.num_input_tokens_seen),
+                "seconds/generate": seconds,
+                "rollout/tokens_per_s": num_completion_tokens / seconds,
+            }
+            | step_groups.merge_logged(self._take_reward_log())
+        )
+        self._write_completions(step, judged)
+        return step_groups.training_sequences(judged, self.args)
+
+    def _evaluate_prompts(self, source: PromptSource) -> dict[str, float]:
+        num_generations = self.args.num_generations_eval or self.args.num_generations
+        temperature = self.args.temperature if self.args.eval_temperature is None else self.args.eval_temperature
+        with self.ledger.phase("evaluate"):
+            groups = self.score(
+                [source.get(row) for row in range(len(source))],
+                num_generations=num_generations,
+                temperature=temperature,
+                seed_step=-1,
+            )
+        self.last_evaluation = groups
+        judged = step_groups.judge(groups, self._reward_weights, self.args)
+        metrics = step_groups.group_metrics(judged, self._rewards.names)
+        return metrics | dict(step_groups.merge_logged(self._take_reward_log()))
+
+    def _publish(self) -> None:
+        rollouts = self._running_rollouts()
+        with self.ledger.phase("publish"):
+            report = rollouts.publish(self.state.global_step)
+        self._step_log.add({"seconds/publish": report.seconds})
+
+    def _running_rollouts(self) -> Rollouts:
+        if self._rollouts is None:
+            with self.ledger.phase("start engines"):
+                self._rollouts = self._start_rollouts()
+            # Ends the engines when the interpreter exits; their guards do so when it has no time to.
+            weakref.finalize(self, self._rollouts.close)
+        return self._rollouts
+
+    def _start_rollouts(self) -> Rollouts:
+        model = self.accelerator.unwrap_model(self.model)
+        if is_sharded(model):
+            raise ConfigError(
+                "The model is sharded (FSDP or ZeRO-3), and sharded weights cannot be published to the engines yet. "
+                "Use DDP or ZeRO-1/2, or peft_config to make the model fit."
+            )
+        return start_rollouts(
+            draw_blueprint(self._plan, model=model, args=self.args, max_model_len=self._max_sequence()),
+            model=model,
+            tokenizer=self.processing_class,
+            args=self.args,
+            score=self._score_group,
+            on_progress=self.engine_start_progress,
+        )
+
+    async def _score_group(
+        self, prompt: Prompt, rollouts: tuple[Rollout, ...], completions: tuple[CompletionLike, ...]
+    ) -> ScoredGroup:
+        score = await self._rewards.score(prompt, rollouts, completions, trainer_state=self.state)
+        self._reward_log.extend(score.metrics)
+        return ScoredGroup(
+            prompt=prompt, rollouts=rollouts, completions=completions, rewards=score.rewards, extras=score.extras
+        )
+
+    def _take_reward_log(self) -> list[tuple[str, float]]:
+        taken, self._reward_log = self._reward_log, []
+        return taken
+
+    def _preflight_rewards(self, args: GRPOConfig, tokenizer: Any) -> None:
+        if not args.reward_preflight:
+            return
+
+        def check() -> None:
+            loop = LoopThread("reward check")
+            try:
+                work = check_rewards(
+                    self._rewards,
+                    self._prompts.get(0),
+                    num_generations=args.num_generations,
+                    stop_token_id=tokenizer.eos_token_id or 0,
+                )
+                loop.run(work, timeout_s=args.reward_timeout_s + 10.0, what="the check of the reward functions")
+            finally:
+                loop.close()
+
+        self._exchange.json(check)
+
+    def _open_completions(self) -> CompletionsWriter | None:
+        if not self.args.log_completions or not self.is_world_process_zero():
+            return None
+        return CompletionsWriter(Path(self.args.output_dir) / "completions")
+
+    def _write_completions(self, step: int, judged: step_groups.JudgedStep) -> None:
+        if self._completions is None:
+            return
+        rows = [
+            row
+            for index, group in enumerate(judged.groups)
+            for row in rows_of_group(
+                group,
+                reward_names=self._rewards.names,
+                rewards=judged.advantages.rewards[index],
+                advantages=judged.advantages.advantages[index],
+            )
+        ]
+        self._completions.write(step, rows)
+
+    def _metrics_writer(self) -> MetricsWriter:
+        if self._metrics_file is None:
+            self._metrics_file = MetricsWriter(Path(self.args.output_dir) / "metrics.jsonl")
+        return self._metrics_file
+
+    def _max_prompt_tokens(self) -> int:
+        return self._max_sequence() - int(self.args.max_completion_length)
+
+    def _max_sequence(self) -> int:
+        """Tokens of the longest prompt with a whole completion."""
+        longest = max(source.longest for source in (self._prompts, self._eval_prompts) if source is not None)
+        return longest + int(self.args.max_completion_length)
+
+
+class _StepEnd(TrainerCallback):  # type: ignore[misc]
+    """Publishes after each optimizer step, before anything is logged, saved or evaluated."""
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self._trainer = weakref.proxy(trainer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.publish_after_step()
+
+
+def _no_collation(rows: Any) -> Any:
+    return rows
+
+
+def _short_name(model: str | nn.Module) -> str:
+    name = model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", "model"))
+    return Path(name).name or "model"
+
+
+def _prompt_source(dataset: Any, tokenizer: Any, max_prompt_tokens: int, args: GRPOConfig) -> PromptSource:
+    return PromptSource(
+        dataset,
+        tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )

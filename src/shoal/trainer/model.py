@@ -1,0 +1,135 @@
+"""Load what the user names: the policy, its tokenizer, the adapter, the reference for the KL term."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from shoal.config import GRPOConfig
+from shoal.errors import ConfigError
+
+
+def load_policy(model: str | nn.Module, args: GRPOConfig) -> nn.Module:
+    """Return the model to train; a string is a folder or a hub id.
+
+    A model given as a string is loaded in float32 unless `model_init_kwargs` says otherwise: with `bf16=True` the
+    forward pass runs in bfloat16, and the optimizer adds small updates to full-precision weights.
+    """
+    if not isinstance(model, str):
+        if args.model_init_kwargs:
+            raise ConfigError(
+                "model_init_kwargs is set, but the model was given as an object and is not loaded again. "
+                "Give the model's path, or apply these settings when you load it."
+            )
+        return _prepared(model, args)
+    keywords = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    return _prepared(AutoModelForCausalLM.from_pretrained(model, **keywords), args)
+
+
+def load_tokenizer(model: str | nn.Module, args: GRPOConfig) -> Any:
+    """Return the tokenizer that belongs to the model."""
+    name = model if isinstance(model, str) else _name_or_path(model)
+    keywords = args.model_init_kwargs or {}
+    return AutoTokenizer.from_pretrained(
+        name, trust_remote_code=args.trust_remote_code, revision=keywords.get("revision", "main")
+    )
+
+
+def add_adapter(model: nn.Module, peft_config: Any, args: GRPOConfig) -> nn.Module:
+    """Wrap the model in a new PEFT adapter.
+
+    Raises:
+        ConfigError: PEFT is not installed.
+    """
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ConfigError("peft_config is set, but PEFT is not installed. Run: pip install peft") from error
+    wrapped = get_peft_model(model, peft_config)
+    if args.gradient_checkpointing and hasattr(wrapped, "enable_input_require_grads"):
+        # The frozen embedding's output needs a gradient, or checkpointed blocks find nothing to differentiate.
+        wrapped.enable_input_require_grads()
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
+class ReferencePolicy:
+    """The policy as it was at the start, for the KL term: the base of an adapter, or a frozen copy.
+
+    Args:
+        policy: The unwrapped policy before its first update.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        self._is_adapter = hasattr(policy, "peft_config")
+        self._copy = None if self._is_adapter else copy.deepcopy(policy).eval().requires_grad_(False)
+
+    def model(self, policy: nn.Module, unwrapped: nn.Module) -> tuple[nn.Module, AbstractContextManager[Any]]:
+        """Return the model to call and the context to call it in."""
+        if self._copy is None:
+            return policy, unwrapped.disable_adapter()  # type: ignore[operator]
+        return self._copy.to(next(unwrapped.parameters()).device), nullcontext()
+
+
+def context_length(config: Any) -> int | None:
+    """Return the longest sequence that the model's positions allow, if its configuration says."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def stop_token_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+    """Return every token that ends a completion: the tokenizer's, and those of the model's generation config."""
+    found: set[int] = set()
+    for value in (
+        getattr(tokenizer, "eos_token_id", None),
+        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+    ):
+        found.update(value if isinstance(value, list) else [] if value is None else [int(value)])
+    return tuple(sorted(found))
+
+
+def compute_dtype(model: nn.Module, args: GRPOConfig) -> str:
+    """Return the type in which the trainer computes, which the engines then use too."""
+    if args.bf16:
+        return "bfloat16"
+    if args.fp16:
+        return "float16"
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _prepared(model: nn.Module, args: GRPOConfig) -> nn.Module:
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    if isinstance(model, PreTrainedModel):
+        model.config.use_cache = False
+    return model
+
+
+def _name_or_path(model: nn.Module) -> str:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise ConfigError("The model says not where it came from. Pass its tokenizer as processing_class.")
+    return str(name)
+
+
+def read_config(model: str | nn.Module, args: GRPOConfig) -> Any:
+    """Return the model's configuration without loading its weights."""
+    if isinstance(model, str):
+        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    return getattr(model, "config", None)
+
+
+def num_parameter_bytes(model: nn.Module) -> int:
+    """Return the size of all parameters as they lie."""
+    return sum(value.numel() * value.element_size() for value in model.parameters())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the parameters are spread over ranks (FSDP2's DTensors, DeepSpeed ZeRO-3)."""
+    return any(hasattr(value, "device_mesh") or hasattr(value, "ds_id") for value in model.parameters())

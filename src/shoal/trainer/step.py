@@ -1,0 +1,85 @@
+"""Cut a step's sequences into what each rank runs: the same number of packed micro-batches everywhere."""
+
+from __future__ import annotations
+
+from collections import abc
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+
+from shoal.algorithm.losses import LOSSES, LossSettings
+from shoal.algorithm.objective import CorrectionSettings, ObjectiveSettings
+from shoal.config import GRPOConfig
+from shoal.data.micro_batch import build_filler, build_micro_batch
+from shoal.data.packing import plan_micro_batches
+from shoal.types import MicroBatch, Sequence
+
+
+def micro_batches_of_rank(
+    sequences: abc.Sequence[Sequence], *, loss_type: str, rank: int, num_ranks: int, max_tokens: int
+) -> list[MicroBatch]:
+    """Return one rank's micro-batches of a step, on the CPU.
+
+    Every rank computes the same division from the same sequences, so nothing needs to be said about it.
+
+    Args:
+        sequences: Of the whole step, over all ranks.
+        loss_type: A key of `LOSSES`; decides the step's denominator.
+        rank: This rank.
+        num_ranks: Of all trainer processes.
+        max_tokens: Budget of a micro-batch.
+    """
+    weights = LOSSES[loss_type].token_weights(
+        np.array([sequence.completion_length for sequence in sequences], dtype=np.int64),
+        np.array([sequence.in_loss for sequence in sequences], dtype=np.bool_),
+    )
+    plan = plan_micro_batches([len(sequence.token_ids) for sequence in sequences], num_ranks, max_tokens)
+    return [
+        build_micro_batch([sequences[i] for i in indices], [float(weights[i]) for i in indices])
+        if indices
+        else build_filler(sequences)
+        for indices in plan[rank]
+    ]
+
+
+def spread(micro_batches: abc.Sequence[MicroBatch], num_items: int) -> list[list[MicroBatch]]:
+    """Share micro-batches among the `gradient_accumulation_steps` calls that transformers makes in a step.
+
+    The last call is the one that synchronises gradients, so it gets at least one; earlier ones may get none.
+    """
+    empty: list[list[MicroBatch]] = [[] for _ in range(max(0, num_items - len(micro_batches)))]
+    chunks = np.array_split(np.arange(len(micro_batches)), min(num_items, len(micro_batches)))
+    return empty + [[micro_batches[int(i)] for i in chunk] for chunk in chunks]
+
+
+def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Return the micro-batch with all of its tensors on `device`."""
+    moved = {
+        field.name: value.to(device, non_blocking=True)
+        for field in fields(micro_batch)
+        if isinstance(value := getattr(micro_batch, field.name), torch.Tensor)
+    }
+    return replace(micro_batch, **moved)
+
+
+def objective_settings(args: GRPOConfig) -> ObjectiveSettings:
+    """Return what the settings say about the loss."""
+    return ObjectiveSettings(
+        loss_type=args.loss_type,
+        loss=LossSettings(
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+            delta=args.delta,
+            importance_sampling_level=args.importance_sampling_level,
+        ),
+        beta=args.beta,
+        use_bias_correction_kl=args.use_bias_correction_kl,
+        correction=CorrectionSettings(
+            mode=args.vllm_importance_sampling_mode,
+            clip_min=args.vllm_importance_sampling_clip_min,
+            clip_max=args.vllm_importance_sampling_clip_max,
+        )
+        if args.vllm_importance_sampling_correction
+        else None,
+    )
