@@ -133,7 +133,7 @@ def process_and_close(layer: nn.Module) -> None:
         delattr(layer, "_already_called_process_weights_after_loading")
     process_again(layer)
     if hasattr(layer, "update_param_tp_status"):
-        layer.update_param_tp_status()
+        layer.update_param_tp_status()  # type: ignore[operator]
     # vLLM's own reload copies buffers too, which here hold nothing: only parameters were loaded.
     for name, kernel in info.kernel_tensors[0].items():
         kernel.data.copy_(getattr(layer, name))
@@ -158,7 +158,8 @@ def process_again(layer: nn.Module) -> None:
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Run the model's own loader."""
-    model.load_weights(weights)  # type: ignore[operator]
+    loader: Any = model
+    loader.load_weights(weights)
 
 
 def _remember_kernel_tensors(layer: nn.Module, info: Any) -> None:

@@ -32,6 +32,7 @@ class EngineClient:
 
     def __init__(self, *, name: str, url: str, api_key: str, log_path: Path | None, request_timeout_s: float) -> None:
         self._name = name
+        self._request_timeout_s = request_timeout_s
         self.url = url
         self.log_path = log_path
         self.weight_version = -1
@@ -70,7 +71,7 @@ class EngineClient:
         try:
             response = await self._async.post("/v1/completions", json=body)
         except httpx.HTTPError as error:
-            raise self._failure("/v1/completions", error) from error
+            raise self._failure("/v1/completions", error, self._request_timeout_s) from error
         return self._parse(self._checked("/v1/completions", response), version)
 
     def post(self, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
@@ -103,7 +104,8 @@ class EngineClient:
     def _checked(self, path: str, response: httpx.Response) -> Any:
         if response.status_code != httpx.codes.OK:
             raise EngineRequestError(
-                f"{self._name} answered {path} with status {response.status_code}: {response.text[:500]}{self._see_log()}"
+                f"{self._name} answered {path} with status {response.status_code}: {response.text[:500]}"
+                f"{self._see_log()}"
             )
         try:
             return response.json()
@@ -116,9 +118,10 @@ class EngineClient:
             token_ids = np.asarray(choice["token_ids"], dtype=np.int32)
             logprobs = np.asarray(choice["logprobs"]["token_logprobs"], dtype=np.float32)
             finish_reason = choice["finish_reason"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise EngineRequestError(f"{self._name} sent a completion without tokens or logprobs: {error!r}") from error
-        if finish_reason not in ("stop", "length") or not len(token_ids) or token_ids.shape != logprobs.shape:
+        is_whole = token_ids.ndim == 1 and token_ids.size > 0 and token_ids.shape == logprobs.shape
+        if not is_whole or finish_reason not in ("stop", "length"):
             raise EngineRequestError(
                 f"{self._name} sent a malformed completion: {token_ids.size} tokens, {logprobs.size} logprobs, "
                 f"finish_reason {finish_reason!r}"

@@ -1,6 +1,6 @@
 """Run one command and make sure that nothing of it outlives the process that asked for it.
 
-    python -m shoal.engines.guard --parent PID [--cores 0,1] -- COMMAND ...
+    python -m shoal.engines.guard --parent PID [--cores 0,1] [--grace-s 10] -- COMMAND ...
 
 The guard is the command's parent. It ends the command, and everything that the command started, when it is told to
 (SIGTERM), when the command's first process ends, and when process PID is gone, however that came about: `kill -9` of
@@ -54,7 +54,7 @@ def main() -> int:
             status = command.wait(timeout=_POLL_S)
         except subprocess.TimeoutExpired:
             continue
-    _end_descendants(GRACE_S if status is None else 0.0)
+    _end_descendants(arguments.grace_s if status is None else 0.0)
     return 143 if status is None else status
 
 
@@ -62,6 +62,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run a command that must not outlive its parent.")
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--cores", default="")
+    parser.add_argument("--grace-s", type=float, default=GRACE_S)
     parser.add_argument("command", nargs="+")
     return parser.parse_args()
 

@@ -21,7 +21,7 @@ _STAGES = (
     ("Starting vLLM server", "starting its server"),
     ("Capturing CUDA graphs", "capturing CUDA graphs"),
     ("KV cache size", "warming up"),
-    ("torch.compile", "compiling"),
+    ("Compiling a graph", "compiling"),
     ("Initializing model took", "sizing its cache"),
     ("Loading model weights took", "sizing its cache"),
     ("Starting to load model", "building the model"),

@@ -1,4 +1,4 @@
-"""The slow, exact reference: completions by `transformers`, one at a time. What the other engines are tested against."""
+"""The slow, exact reference that other engines are tested against: completions by transformers, one at a time."""
 
 from __future__ import annotations
 

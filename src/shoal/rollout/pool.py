@@ -87,8 +87,8 @@ class EnginePool:
         try:
             rollout = await self._engines[index].generate(request)
         finally:
+            self._running[index] -= 1  # at once: a second cancellation may interrupt the wait for the lock
             async with self._freed:
-                self._running[index] -= 1
                 self._freed.notify_all()
         self._done_samples[index] += 1
         self._done_tokens[index] += len(rollout.token_ids)

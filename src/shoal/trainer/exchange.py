@@ -41,8 +41,8 @@ class Exchange:
         """
         if self._is_alone:
             return list(make())
-        made = self._on_rank_zero(make)
-        table = table_from_sequences(made) if made is not None else None
+        # Laid out inside, so that sequences which do not fit a table fail on all ranks.
+        table = self._on_rank_zero(lambda: table_from_sequences(make()))
         sizes = table.sizes if table is not None else TableSizes(num_sequences=0, num_tokens=0, num_completion_tokens=0)
         header = torch.tensor([sizes.num_sequences, sizes.num_tokens, sizes.num_completion_tokens], device=self._device)
         dist.broadcast(header, src=0)
@@ -65,8 +65,9 @@ class Exchange:
         """
         if self._is_alone:
             return make()
-        value = self._on_rank_zero(make)
-        return json.loads(self._bytes(json.dumps(value).encode() if self._rank == 0 else b""))
+        # Encoded inside, so that a value which is not JSON fails on all ranks instead of leaving the others waiting.
+        text = self._on_rank_zero(lambda: json.dumps(make()))
+        return json.loads(self._bytes(text.encode() if text is not None else b""))
 
     def _on_rank_zero(self, make: Callable[[], Any]) -> Any:
         """Call `make` on rank 0; let every rank know whether it worked before any goes on."""
@@ -77,7 +78,8 @@ class Exchange:
                 value = make()
             except BaseException as error:
                 failure = error
-        message = self._bytes(f"{type(failure).__name__}: {failure}".encode() if failure is not None else b"")
+        text = f"{type(failure).__name__}: {failure}" if failure is not None else ""
+        message = self._bytes(text.encode(errors="replace"))
         if failure is not None:
             raise failure
         if message:

@@ -93,7 +93,7 @@ def draw_blueprint(plan: PlacementPlan, *, model: nn.Module, args: GRPOConfig, m
         logger.warning("vLLM %s has not been tried with Shoal, which supports %s.", version, vllm_compat.SUPPORTED)
     ports = choose_ports(len(plan.engines), args.vllm_base_port)
     dtype = args.vllm_dtype or compute_dtype(model, args)
-    extra = dict(args.vllm_extra_args or {})
+    extra: dict[str, object] = dict(args.vllm_extra_args or {})  # type: ignore[arg-type]
     if args.vllm_model_impl != "vllm":
         extra.setdefault("model-impl", args.vllm_model_impl)
     if args.trust_remote_code:
@@ -189,7 +189,7 @@ def make_decoder(tokenizer: Any) -> Decode:
 def _write_engine_model(folder: Path, model: nn.Module, tokenizer: Any) -> None:
     """Write what an engine reads of a model: its configuration and tokenizer. The weights come from the trainer."""
     folder.mkdir(parents=True, exist_ok=True)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     base.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if getattr(base, "generation_config", None) is not None:

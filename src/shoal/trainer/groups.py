@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +32,8 @@ def judge(groups: abc.Sequence[ScoredGroup], weights: abc.Sequence[float], args:
         advantages=compute_advantages(
             np.stack([group.rewards for group in groups]),
             np.asarray(weights, dtype=np.float64),
-            scale_rewards=args.scale_rewards,
-            multi_objective_aggregation=args.multi_objective_aggregation,
+            scale_rewards=args.scale_rewards,  # type: ignore[arg-type]
+            multi_objective_aggregation=args.multi_objective_aggregation,  # type: ignore[arg-type]
         ),
     )
 
@@ -86,7 +85,7 @@ def num_tokens(groups: abc.Sequence[ScoredGroup]) -> int:
     return sum(len(group.prompt.token_ids) + len(rollout.token_ids) for group in groups for rollout in group.rollouts)
 
 
-def merge_logged(logged: abc.Sequence[tuple[str, float]]) -> Mapping[str, float]:
+def merge_logged(logged: abc.Sequence[tuple[str, float]]) -> dict[str, float]:
     """Average what reward functions logged with `log_metric`, by name."""
     values: dict[str, list[float]] = {}
     for name, value in logged:

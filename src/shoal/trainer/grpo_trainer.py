@@ -82,6 +82,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
     """
 
     _tag_names = ("shoal", "grpo")
+    control: Any  # transformers' TrainerControl
 
     def __init__(
         self,
@@ -134,6 +135,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._step_log = StepLog()
         self._eval_log = StepLog()
         self._reward_log: list[tuple[str, float]] = []
+        self.last_evaluation: tuple[ScoredGroup, ...] = ()
+        """What `evaluate` was last about, completion by completion; on rank 0 only."""
         self.ledger = TimeLedger()
         self.engine_start_progress: StartProgress = print_start_progress
         """Told how far the engines are while they start; replace it to show it differently."""
@@ -169,7 +172,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[int]:
         """Return a loader that only counts: which prompts a step takes follows from its number (`PromptSchedule`)."""
         ticks = self._schedule.steps_per_epoch * self.args.gradient_accumulation_steps
-        return DataLoader(range(ticks), batch_size=None)  # type: ignore[arg-type]
+        # In batches of one: a resumed run skips through the loader's batch sampler, which batch_size=None has none of.
+        return DataLoader(range(ticks), batch_size=1, collate_fn=_no_collation)  # type: ignore[arg-type]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
@@ -223,7 +227,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         ref_logprobs = None
         if self._reference is not None:
             reference, context = self._reference.model(model, self.accelerator.unwrap_model(model))
-            with torch.no_grad(), context:
+            # A copy is not wrapped by accelerate, so it would not compute in the policy's precision by itself.
+            with torch.no_grad(), context, self.accelerator.autocast():
                 ref_logprobs = packed_logprobs(
                     reference, inputs, temperature=temperature, keeps_logits=self._keeps_logits
                 ).logprobs
@@ -238,7 +243,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             entropy=policy.entropy,
         )
         self._step_log.add_objective(objective.metrics)
-        return objective.loss * self.args.world_size
+        return objective.loss * float(self.args.world_size)
 
     def evaluate(
         self,
@@ -262,17 +267,23 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def _load_best_model(self) -> None:
+        """Load it, and have it published before the engines write again: the step's number does not tell."""
+        super()._load_best_model()
+        if self._rollouts is not None:
+            self._rollouts.version = None
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log, with everything that happened since the last time when it is the training that logs."""
         if self.model.training and not any(name.startswith("eval_") for name in logs):
-            logs |= self._step_log.take()
+            logs.update(self._step_log.take())
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self._metrics_writer().write(self.state.global_step, logs)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Estimate the operations of a training step: 6 for each parameter and token."""
-        num_tokens = sum(micro_batch.num_tokens for micro_batch in inputs)
+        num_tokens = sum(int(micro_batch.num_tokens) for micro_batch in inputs)
         return 6 * num_tokens * int(self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True))
 
     # ---- the engines ----
@@ -366,7 +377,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self.last_evaluation = groups
         judged = step_groups.judge(groups, self._reward_weights, self.args)
         metrics = step_groups.group_metrics(judged, self._rewards.names)
-        return metrics | dict(step_groups.merge_logged(self._take_reward_log()))
+        return metrics | step_groups.merge_logged(self._take_reward_log())
 
     def _publish(self) -> None:
         rollouts = self._running_rollouts()
@@ -488,5 +499,5 @@ def _prompt_source(dataset: Any, tokenizer: Any, max_prompt_tokens: int, args: G
         dataset,
         tokenizer,
         max_prompt_tokens=max_prompt_tokens,
-        chat_template_kwargs=args.chat_template_kwargs,
+        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
     )

@@ -26,17 +26,15 @@ def load_policy(model: str | nn.Module, args: GRPOConfig) -> nn.Module:
                 "Give the model's path, or apply these settings when you load it."
             )
         return _prepared(model, args)
-    keywords = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    keywords = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **_init_kwargs(args)}
     return _prepared(AutoModelForCausalLM.from_pretrained(model, **keywords), args)
 
 
 def load_tokenizer(model: str | nn.Module, args: GRPOConfig) -> Any:
     """Return the tokenizer that belongs to the model."""
     name = model if isinstance(model, str) else _name_or_path(model)
-    keywords = args.model_init_kwargs or {}
-    return AutoTokenizer.from_pretrained(
-        name, trust_remote_code=args.trust_remote_code, revision=keywords.get("revision", "main")
-    )
+    revision = _init_kwargs(args).get("revision", "main")
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, revision=revision)
 
 
 def add_adapter(model: nn.Module, peft_config: Any, args: GRPOConfig) -> nn.Module:
@@ -99,6 +97,10 @@ def compute_dtype(model: nn.Module, args: GRPOConfig) -> str:
     if args.fp16:
         return "float16"
     return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _init_kwargs(args: GRPOConfig) -> dict[str, Any]:
+    return dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # text was parsed by the settings' checks
 
 
 def _prepared(model: nn.Module, args: GRPOConfig) -> nn.Module:

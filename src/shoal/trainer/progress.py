@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from shoal.observe.terminal import ProgressView
 from shoal.observe.view_state import EngineView, ViewState
@@ -44,6 +44,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer: GRPOTrainer | None = None
         self._began: float | None = None
         self._first_step = 0
+        self._step = 0
         self._rewards: list[float | None] = []
         self._metrics: dict[str, float | None] = {}
         self._ended = threading.Event()
@@ -53,6 +54,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         """Follow this trainer."""
         self._trainer = trainer
         trainer.engine_start_progress = self._show_start
+        trainer.remove_callback(PrinterCallback)  # prints every log as a dictionary; the view shows the same
         trainer.add_callback(self)
 
     def message(self, text: str) -> None:
@@ -75,11 +77,12 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._began = time.monotonic()
-        self._first_step = int(state.global_step)
+        self._first_step = self._step = int(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Take up a step's numbers."""
         if logs is not None and "reward" in logs:
+            self._step = int(state.global_step)
             self._rewards.append(logs["reward"])
             self._metrics = {name: value for name, value in logs.items() if isinstance(value, int | float)}
             self._show(state)
@@ -105,11 +108,11 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 
     def _view_state(self, state: Any) -> ViewState:
         elapsed = time.monotonic() - self._began if self._began is not None else 0.0
-        num_done = int(state.global_step) - self._first_step
+        num_done = self._step - self._first_step
         engines = self._engines()
         per_step = elapsed / num_done if num_done else None
         return ViewState(
-            step=int(state.global_step),
+            step=self._step,
             num_steps=int(state.max_steps),
             elapsed_s=elapsed,
             phase="generate" if any(engine.running for engine in engines) else "train",
@@ -119,7 +122,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             engines=engines,
             metrics=self._metrics,
             seconds_per_step=per_step,
-            time_left_s=per_step * (int(state.max_steps) - int(state.global_step)) if per_step is not None else None,
+            time_left_s=per_step * (int(state.max_steps) - self._step) if per_step is not None else None,
         )
 
     def _engines(self) -> tuple[EngineView, ...]:

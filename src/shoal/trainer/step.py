@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def spread(micro_batches: abc.Sequence[MicroBatch], num_items: int) -> list[list
 
 def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Return the micro-batch with all of its tensors on `device`."""
-    moved = {
+    moved: dict[str, Any] = {
         field.name: value.to(device, non_blocking=True)
         for field in fields(micro_batch)
         if isinstance(value := getattr(micro_batch, field.name), torch.Tensor)
@@ -71,12 +72,12 @@ def objective_settings(args: GRPOConfig) -> ObjectiveSettings:
             epsilon=args.epsilon,
             epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
             delta=args.delta,
-            importance_sampling_level=args.importance_sampling_level,
+            importance_sampling_level=args.importance_sampling_level,  # type: ignore[arg-type]
         ),
         beta=args.beta,
         use_bias_correction_kl=args.use_bias_correction_kl,
         correction=CorrectionSettings(
-            mode=args.vllm_importance_sampling_mode,
+            mode=args.vllm_importance_sampling_mode,  # type: ignore[arg-type]
             clip_min=args.vllm_importance_sampling_clip_min,
             clip_max=args.vllm_importance_sampling_clip_max,
         )

@@ -24,11 +24,11 @@ from shoal.types import ParameterMeta
 from shoal.vllm_plugin.recorder import learn_plan
 from shoal.vllm_plugin.sink import ParameterSink
 from shoal.wire.plan import SlicePlan, dtype_from_name, metadata_from_json
-from shoal.wire.rendezvous import WIRE_KEY, GroupBackend, digest_key, join_store, make_group, plan_key
+from shoal.wire.rendezvous import WIRE_KEY, Group, GroupBackend, digest_key, join_store, make_group, plan_key
 
 
 @dataclass
-class ShoalInitInfo(WeightTransferInitInfo):
+class ShoalInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """What a worker needs to meet the trainer.
 
     Attributes:
@@ -53,7 +53,7 @@ class ShoalInitInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class ShoalUpdateInfo(WeightTransferUpdateInfo):
+class ShoalUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """Which publish this is.
 
     Attributes:
@@ -84,7 +84,7 @@ class ShoalWeightReceiver(WeightTransferEngine[ShoalInitInfo, ShoalUpdateInfo]):
         )
         self._store = join_store(init_info.host, init_info.port, init_info.timeout_s)
         self._store.set(plan_key(self._rank), self._plan.to_json())
-        self._group: dist.ProcessGroup | None = make_group(
+        self._group: Group | None = make_group(
             self._store,
             backend=init_info.backend,
             host=init_info.own_host,
@@ -97,7 +97,7 @@ class ShoalWeightReceiver(WeightTransferEngine[ShoalInitInfo, ShoalUpdateInfo]):
         """Do nothing: each update is whole, and leaves no state behind when it fails."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive one whole set of weights. (The base class's version synchronises an accelerator, which a CPU is not.)"""
+        """Receive one whole set of weights. (The base class's version synchronises an accelerator; a CPU is none.)"""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: ShoalUpdateInfo) -> None:
@@ -117,7 +117,6 @@ class ShoalWeightReceiver(WeightTransferEngine[ShoalInitInfo, ShoalUpdateInfo]):
     def shutdown(self) -> None:
         """Leave the group."""
         self._group = None
-        self._store = None
 
     @staticmethod
     def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:

@@ -57,11 +57,11 @@ def learn_plan(model: nn.Module, parameters: Sequence[ParameterMeta], worker: st
     return plan
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down copies from sources into targets, and carries out nothing that would change a target."""
 
     def __init__(self, sources: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.slices: list[Slice] = []
         self.fills: list[Fill] = []
         self._sources = {_storage(tensor): name for name, tensor in sources.items()}
@@ -79,11 +79,29 @@ class _Recorder(TorchDispatchMode):
             value = float(args[1]) if len(args) > 1 else 0.0
             self.fills.append(Fill(target=target, target_region=Region.of(args[0]), value=value))
             return args[0]
+        if func._schema.is_mutable:
+            self._note_changes(func, args, kwargs)
         result = func(*args, **kwargs)
         if func in _COPIES and (origin := self._origin(args[0])) is not None:
             self._copies[_storage(result)] = (*origin, Region.of(result))
             self._keep.append(result)
         return result
+
+    def _note_changes(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuse any other change of a target; forget what a changed source or copy used to hold."""
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            value = given.get(argument.name)
+            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, torch.Tensor):
+                continue
+            key = _storage(value)
+            if (target := self._targets.get(key)) is not None:
+                raise PlanError(
+                    f"the loader changes {target} in place with {func} instead of copying into it; such a parameter "
+                    "cannot be sent slice by slice"
+                )
+            self._sources.pop(key, None)
+            self._copies.pop(key, None)
 
     def _record_copy(self, target: str, into: torch.Tensor, value: torch.Tensor) -> None:
         origin = self._origin(value.expand(into.shape) if value.shape != into.shape else value)
@@ -155,8 +173,10 @@ def _alias_groups(model: nn.Module) -> dict[str, set[str]]:
 
 def _check_coverage(plan: SlicePlan, targets: Mapping[str, torch.Tensor], aliases: Mapping[str, set[str]]) -> None:
     written: dict[str, int] = defaultdict(int)
-    for piece in [*plan.slices, *plan.fills]:
-        written[piece.target] += piece.target_region.num_elements
+    pieces: list[Slice | Fill] = [*plan.slices, *plan.fills]
+    # A set: a region that is written twice leaves as much unwritten as before.
+    for target, region in {(piece.target, piece.target_region) for piece in pieces}:
+        written[target] += region.num_elements
     for name, value in targets.items():
         known_as = aliases.get(name, {name})
         if not any(written[alias] >= value.numel() for alias in known_as):

@@ -94,7 +94,7 @@ class ParameterSink:
             self._digests[index] = digest(self._target(piece.target, piece))
 
     def _repack_tied(self) -> None:
-        """Repack layers that share a parameter with one that was written: a tied `lm_head` keeps its own packed copy."""
+        """Repack layers that share a parameter with a written one: a tied `lm_head` keeps its own packed copy."""
         written = {
             id(value)
             for layer in self._layers.values()

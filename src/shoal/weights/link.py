@@ -14,7 +14,7 @@ import torch.distributed as dist
 from shoal.errors import EngineRequestError, WeightSyncError
 from shoal.types import ParameterMeta
 from shoal.wire.plan import SlicePlan, metadata_to_json
-from shoal.wire.rendezvous import WIRE_KEY, GroupBackend, digest_key, host_store, make_group, plan_key
+from shoal.wire.rendezvous import WIRE_KEY, Group, GroupBackend, digest_key, host_store, make_group, plan_key
 
 
 class ControlClient(Protocol):
@@ -52,7 +52,7 @@ class EngineLink:
         self._host = host
         self._timeout_s = timeout_s
         self._store = host_store(host, timeout_s)
-        self._group: dist.ProcessGroup | None = None
+        self._group: Group | None = None
         self.plans: tuple[SlicePlan, ...] = ()
 
     def connect(self, parameters: Sequence[ParameterMeta]) -> None:
@@ -72,7 +72,7 @@ class EngineLink:
             "parameters": metadata_to_json(parameters),
         }
 
-        def meet() -> dist.ProcessGroup:
+        def meet() -> Group:
             return make_group(
                 self._store,
                 backend=self._backend,
@@ -100,7 +100,8 @@ class EngineLink:
             raise WeightSyncError(f"{self.client.name} has not joined the weight group")
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        return self._group.broadcast([value], options)
+        work: dist.Work = self._group.broadcast([value], options)
+        return work
 
     def digests(self, version: int, attempt: int) -> list[list[int]]:
         """Return each worker's digests of one publish, in the order of its plan.
@@ -124,6 +125,12 @@ class EngineLink:
         except EngineRequestError as error:
             raise WeightSyncError(f"publishing weights to {self.client.name} failed at {path}: {error}") from error
 
+    def close(self) -> None:
+        """Leave the group, without waiting for the engine, which may be gone."""
+        group, self._group = self._group, None
+        if group is not None and self._backend == "nccl":
+            group.shutdown()
+
     def _fetch(self, key: str, what: str, rank: int) -> str:
         try:
             self._store.wait([key], timedelta(seconds=self._timeout_s))
@@ -146,6 +153,11 @@ class AbandonableCall:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(function,), daemon=True, name="weights")
         self._thread.start()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it has raised so far."""
+        return self._error
 
     def result(self, timeout_s: float, what: str) -> Any:
         """Wait for the value.

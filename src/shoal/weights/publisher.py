@@ -1,15 +1,16 @@
 """Publish the trainer's weights to every engine, and prove that each worker holds them.
 
 Order: pause each engine (keeping what runs) → send every parameter → compare digests → drop the prefix cache, which
-holds keys and values of the old weights → resume, in `finally`.
+holds keys and values of the old weights → resume, after a failure too.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,8 @@ from shoal.types import ParameterMeta, PublishReport
 from shoal.weights.link import AbandonableCall, EngineLink
 from shoal.wire.digest import digest
 from shoal.wire.plan import Region, SlicePlan, dtype_from_name
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class WeightPublisher:
         self._attempt = 0
         self._wire: tuple[ParameterMeta, ...] = ()
         self._pieces: dict[str, set[_Piece]] = {}
-        self._pool = ThreadPoolExecutor(max_workers=max(1, len(self._links)), thread_name_prefix="publish")
+        # Two threads for each engine: one that still waits for an engine must not keep its `/resume` from being sent.
+        self._pool = ThreadPoolExecutor(max_workers=max(1, 2 * len(self._links)), thread_name_prefix="publish")
         self.num_publishes = 0
         self.num_proven = 0
 
@@ -63,7 +67,7 @@ class WeightPublisher:
             WeightSyncError: An engine did not come, or holds another model.
         """
         parameters = self._source.metadata()
-        self._on_each(lambda link: link.connect(parameters))
+        self._on_each(lambda link: link.connect(parameters), "joining the weight group")
         self._wire = wire_metadata(parameters, self.plans)
         self._pieces = _pieces_by_source(self.plans)
         for link in self._links:
@@ -79,13 +83,15 @@ class WeightPublisher:
         began = time.monotonic()
         self._attempt += 1
         self.num_publishes += 1
-        self._on_each(lambda link: link.control("/pause?mode=keep"))
         try:
+            self._on_each(lambda link: link.control("/pause?mode=keep"), "pausing")
             expected = self._transfer(version)
             num_digests = sum(self._prove(link, version, expected) for link in self._links)
-            self._on_each(lambda link: link.control("/reset_prefix_cache"))
-        finally:
-            self._on_each(lambda link: link.control("/resume"))
+            self._on_each(lambda link: link.control("/reset_prefix_cache"), "dropping its prefix cache")
+        except BaseException:
+            self._resume_what_can_be()
+            raise
+        self._on_each(lambda link: link.control("/resume"), "resuming")
         for link in self._links:
             link.client.weight_version = version
         self.num_proven += 1
@@ -97,8 +103,17 @@ class WeightPublisher:
         )
 
     def close(self) -> None:
-        """Give the threads back; they hold no work of value."""
+        """Leave all groups and give the threads back."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for link in self._links:
+            link.close()
+
+    def _resume_what_can_be(self) -> None:
+        """Resume every engine after a failure, whose own error is the one to raise."""
+        try:
+            self._on_each(lambda link: link.control("/resume"), "resuming", until=ALL_COMPLETED)
+        except WeightSyncError as error:
+            logger.warning("after a failed publish: %s", error)
 
     def _transfer(self, version: int) -> dict[_Piece, int]:
         """Send everything; return the digest of each piece as the trainer has it."""
@@ -113,7 +128,13 @@ class WeightPublisher:
                 link.control("/finish_weight_update")
 
         sending = AbandonableCall(self._send)
-        self._on_each(receive)
+        try:
+            self._on_each(receive, "receiving the weights")
+        except WeightSyncError as error:
+            if sending.error is not None:
+                # An engine that waits in vain is what is seen of a failure to send.
+                raise error from sending.error
+            raise
         expected = sending.result(self._timeout_s, "the last parameter to be sent")
         assert isinstance(expected, dict)
         return expected
@@ -150,15 +171,15 @@ class WeightPublisher:
             count += len(digests)
         return count
 
-    def _on_each(self, action: Callable[[EngineLink], None]) -> None:
-        """Do something with every engine at once; raise the first failure without waiting for the others."""
+    def _on_each(self, action: Callable[[EngineLink], None], what: str, *, until: str = FIRST_EXCEPTION) -> None:
+        """Do something with every engine at once; raise the first failure, at once unless told to wait for all."""
         futures: dict[Future[None], EngineLink] = {self._pool.submit(action, link): link for link in self._links}
-        done, pending = wait(futures, timeout=self._timeout_s, return_when=FIRST_EXCEPTION)
+        done, pending = wait(futures, timeout=self._timeout_s, return_when=until)
         for future in done:
             future.result()
         if pending:
             names = ", ".join(sorted(futures[future].client.name for future in pending))
-            raise WeightSyncError(f"{names} did not finish within {self._timeout_s:g} s (weight_sync_timeout_s)")
+            raise WeightSyncError(f"{names} did not finish {what} within {self._timeout_s:g} s (weight_sync_timeout_s)")
 
 
 def wire_metadata(parameters: Sequence[ParameterMeta], plans: Sequence[SlicePlan]) -> tuple[ParameterMeta, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,7 @@ class LoraMergedSource:
         self._lora_layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
         for name, layer in self._lora_layers.items():
             _check_mergeable(name, layer)
+        _check_tied(model)
 
     def metadata(self) -> tuple[ParameterMeta, ...]:
         """Describe every parameter of the merged model."""
@@ -81,6 +83,8 @@ class LoraMergedSource:
             clean = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
             for adapter in _active_adapters(self._model):
                 clean = clean.replace(f".modules_to_save.{adapter}.", ".")
+            if ".modules_to_save." in clean:
+                continue  # an inactive adapter's
             yield name, clean, value
 
     @staticmethod
@@ -107,3 +111,38 @@ def _check_mergeable(name: str, layer: Any) -> None:
         )
     if any(getattr(layer, "use_dora", {}).values()):
         raise ConfigError(f"{name} uses DoRA, whose merged weights cannot be sent yet. Set use_dora=False.")
+    if variants := {type(variant).__name__ for variant in getattr(layer, "lora_variant", {}).values()}:
+        raise ConfigError(
+            f"{name} uses {', '.join(sorted(variants))}, which cannot be merged for the engines yet. "
+            "Use a plain peft.LoraConfig."
+        )
+    if any(getattr(layer, "lora_bias", {}).values()):
+        raise ConfigError(f"{name} has a LoRA bias, which cannot be merged for the engines yet. Set lora_bias=False.")
+    if getattr(layer, "parameter_name", "weight") != "weight" or hasattr(layer.base_layer, "base_layer"):
+        raise ConfigError(
+            f"{name} adapts a parameter by name (target_parameters), which cannot be merged for the engines yet. "
+            "Use target_modules."
+        )
+
+
+def _check_tied(model: nn.Module) -> None:
+    """Refuse an adapter on one of several tied parameters: it unties them here, and engines keep them tied."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied: dict[int, list[str]] = defaultdict(list)
+    for name, value in parameters.items():
+        tied[id(value)].append(name)
+    for names in tied.values():
+        used = {id(parameters.get(_in_use(model, name), parameters[name])) for name in names}
+        if len(names) > 1 and (len(used) > 1 or any(".base_layer." in name for name in names)):
+            raise ConfigError(
+                f"{' and '.join(names)} are one tied parameter, and an adapter on part of them gives each a value "
+                "of its own, which the engines cannot hold. Leave the embedding and lm_head out of target_modules and "
+                "modules_to_save, or load the model with tie_word_embeddings=False."
+            )
+
+
+def _in_use(model: nn.Module, name: str) -> str:
+    """Return the name of the parameter that computes in place of `name`: the trained copy of a module to save."""
+    for adapter in _active_adapters(model):
+        name = name.replace(".original_module.", f".modules_to_save.{adapter}.")
+    return name

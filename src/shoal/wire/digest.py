@@ -37,7 +37,8 @@ def digest(tensor: torch.Tensor) -> int:
         rows = _weights(_round_up(num_rows), 1)[:num_rows].to(bits.device)
         table = bits[: num_rows * _COLUMNS].view(num_rows, _COLUMNS)
         for start in range(0, num_rows, _ROWS_PER_CHUNK):
-            chunk = table[start : start + _ROWS_PER_CHUNK].to(torch.int64)
+            # `copy`: the product is formed in place, and 8-byte elements would else be the tensor's own memory.
+            chunk = table[start : start + _ROWS_PER_CHUNK].to(torch.int64, copy=True)
             total += (chunk.mul_(columns).sum(dim=1) * rows[start : start + _ROWS_PER_CHUNK]).sum()
     tail = bits[num_rows * _COLUMNS :].to(torch.int64)
     last_row = int(_weights(_round_up(num_rows + 1), 1)[num_rows])

@@ -40,8 +40,8 @@ class Region:
         return math.prod(self.shape)
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this region of `tensor`, which must start its storage."""
-        return torch.as_strided(tensor, self.shape, self.strides, self.offset)
+        """Return this region of `tensor`, which may itself lie anywhere in its storage."""
+        return torch.as_strided(tensor, self.shape, self.strides, tensor.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ class SlicePlan:
                 ),
                 reloaded=tuple(str(name) for name in data["reloaded"]),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a slice plan: {error!r}") from error
 
 

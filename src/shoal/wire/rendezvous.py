@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 
@@ -17,7 +17,32 @@ WIRE_KEY = "wire"
 """Key under which the trainer leaves what it will send, once it has every worker's plan."""
 
 
-def host_store(host: str, timeout_s: float) -> dist.TCPStore:
+class Store(Protocol):
+    """What is used of a `torch.distributed.TCPStore`, which torch does not export to type checkers."""
+
+    @property
+    def port(self) -> int:
+        """Port that it is served on."""
+        ...
+
+    def set(self, key: str, value: str) -> None:
+        """Leave a value."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Fetch a value, waiting for it up to the store's own time-out."""
+        ...
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        """Wait for values; raises `torch.distributed.DistStoreError` after `timeout`."""
+        ...
+
+
+Group = Any
+"""A `torch.distributed.ProcessGroup`, whose Gloo and NCCL forms torch does not declare as such."""
+
+
+def host_store(host: str, timeout_s: float) -> Store:
     """Serve a store on `host` alone, on a free port.
 
     torch binds a store to every interface unless it is handed a socket that is bound already.
@@ -26,7 +51,7 @@ def host_store(host: str, timeout_s: float) -> dist.TCPStore:
     listener.bind((host, 0))
     listener.listen(128)
     port = int(listener.getsockname()[1])
-    return dist.TCPStore(
+    store: Store = dist.TCPStore(  # type: ignore[attr-defined]
         host,
         port,
         None,
@@ -35,16 +60,18 @@ def host_store(host: str, timeout_s: float) -> dist.TCPStore:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+    return store
 
 
-def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+def join_store(host: str, port: int, timeout_s: float) -> Store:
     """Connect to the store that the trainer serves."""
-    return dist.TCPStore(host, port, None, False, timedelta(seconds=timeout_s), wait_for_workers=False)
+    store: Store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, None, False, timedelta(seconds=timeout_s), wait_for_workers=False
+    )
+    return store
 
 
-def make_group(
-    store: dist.Store, *, backend: GroupBackend, host: str, rank: int, size: int, timeout_s: float
-) -> dist.ProcessGroup:
+def make_group(store: Store, *, backend: GroupBackend, host: str, rank: int, size: int, timeout_s: float) -> Group:
     """Form a process group over `store`, apart from any default group of this process.
 
     Blocks until all `size` members have called it.
@@ -58,9 +85,9 @@ def make_group(
         timeout_s: For forming the group and for each operation on it.
     """
     timeout = timedelta(seconds=timeout_s)
-    meeting = dist.PrefixStore("group", store)
+    meeting = dist.PrefixStore("group", store)  # type: ignore[attr-defined,arg-type]
     if backend == "gloo":
-        gloo = dist.ProcessGroupGloo._Options()
+        gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         gloo._timeout = timeout
         return dist.ProcessGroupGloo(meeting, rank, size, gloo)

@@ -1,0 +1,122 @@
+"""Publishes to real engines on real GPUs: over NCCL to another GPU, and through the host to a shared one.
+
+Run on a machine with NVIDIA GPUs: `pytest tests/gpu`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.engines.command import LOOPBACK, EngineSpec
+from shoal.engines.fleet import Fleet
+from shoal.engines.process import choose_ports
+from shoal.testing import tiny_model, tiny_tokenizer
+from shoal.types import Rollout, RolloutRequest, SamplingSettings
+from shoal.weights.link import EngineLink
+from shoal.weights.publisher import WeightPublisher
+from shoal.weights.source import make_source
+from shoal.wire.rendezvous import GroupBackend
+
+NUM_GPUS = torch.cuda.device_count()
+PROMPT = tuple(range(10, 60))
+TIMEOUT_S = 120.0
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_GPUS == 0, reason="no NVIDIA GPU on this machine")]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A small model on the first GPU, and the folder that an engine reads."""
+    model = tiny_model(
+        dtype=torch.bfloat16,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        initializer_range=0.05,
+    ).to("cuda:0")
+    folder = tmp_path_factory.mktemp("model")
+    model.config.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model.eval(), folder
+
+
+@pytest.mark.parametrize(
+    ("devices", "backend", "num_needed"),
+    [
+        pytest.param(("1",), "nccl", 2, id="NCCL to another GPU"),
+        pytest.param(("0",), "gloo", 1, id="through the host to the trainer's own GPU"),
+        pytest.param(("0", "1"), "gloo", 2, id="TP 2 over both GPUs"),
+    ],
+)
+def test_an_engine_computes_with_what_was_published(
+    policy: tuple[Any, Path], devices: tuple[str, ...], backend: GroupBackend, num_needed: int, tmp_path: Path
+) -> None:
+    if num_needed > NUM_GPUS:
+        pytest.skip(f"needs {num_needed} GPUs, found {NUM_GPUS}")
+    model, folder = policy
+    with _fleet(folder, devices, tmp_path) as fleet:
+        (engine,) = fleet.engines
+        link = EngineLink(engine.client, num_workers=len(devices), backend=backend, host=LOOPBACK, timeout_s=TIMEOUT_S)
+        publisher = WeightPublisher(make_source(model), [link], TIMEOUT_S)
+        publisher.connect()
+        texts = []
+        loop = asyncio.new_event_loop()
+        for version in range(3):
+            publisher.publish(version)
+            rollout = loop.run_until_complete(engine.client.generate(_request()))
+            texts.append(rollout.token_ids.tolist())
+            assert _difference(model, rollout) < 0.06
+            _change(model)
+            # The control: against other weights the same tokens have clearly other logprobs.
+            assert _difference(model, rollout) > 0.2
+        assert texts[0] != texts[1] != texts[2]
+        loop.run_until_complete(engine.client.aclose())
+        loop.close()
+        publisher.close()
+
+
+def _fleet(folder: Path, devices: tuple[str, ...], log_dir: Path) -> Fleet:
+    (port,) = choose_ports(1, None)
+    spec = EngineSpec(
+        name="engine-0",
+        model_dir=folder,
+        port=port,
+        cuda_devices=devices,
+        cpu_cores=(),
+        tensor_parallel_size=len(devices),
+        pipeline_parallel_size=1,
+        dtype="bfloat16",
+        max_model_len=256,
+        gpu_memory_utilization=0.2,
+        cpu_kv_cache_gib=1,
+        seed=0,
+        extra_arguments={"enforce-eager": True},
+    )
+    return Fleet.start([spec], log_dir=log_dir, timeout_s=400.0, request_timeout_s=60.0)
+
+
+def _request() -> RolloutRequest:
+    sampling = SamplingSettings(temperature=1.0, max_tokens=32, stop_token_ids=(2,))
+    return RolloutRequest(prompt_token_ids=PROMPT, seed=7, sampling=sampling)
+
+
+@torch.no_grad()
+def _difference(model: Any, rollout: Rollout) -> float:
+    """Return the mean difference of logprobs, engine to transformers; both compute in bfloat16."""
+    ids = torch.tensor([[*PROMPT, *rollout.token_ids.tolist()]], device=model.device)
+    logits = model(ids, use_cache=False).logits[0, len(PROMPT) - 1 : -1].float()
+    logprobs = logits.log_softmax(-1).gather(1, ids[0, len(PROMPT) :, None])[:, 0].cpu()
+    return float((logprobs - torch.from_numpy(rollout.rollout_logprobs)).abs().mean())
+
+
+@torch.no_grad()
+def _change(model: Any) -> None:
+    for value in model.parameters():
+        value.add_(torch.randn_like(value) * 0.02)
