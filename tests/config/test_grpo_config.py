@@ -69,6 +69,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"remove_unused_columns": True}, "by name"),
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
     ({"num_completions_to_print": 2}, "log_completions"),
+    ({"num_completions_to_print": -1, "log_completions": True}, "negative"),
     ({"generation_batch_size": 64}, "generation_batch_size=8"),
     ({"steps_per_generation": 4}, "steps_per_generation=1"),
     ({"per_device_train_batch_size": 6}, "does not divide the 6 completions"),

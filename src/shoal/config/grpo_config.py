@@ -117,7 +117,7 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
 
     # Logging
     log_completions: bool = setting(False, "Print and keep sample completions every logging_steps.")
-    num_completions_to_print: int | None = setting(None, "How many of them to print. Unset: all.")
+    num_completions_to_print: int | None = setting(None, "How many of them to print; 0: none. Unset: all.")
 
     def __post_init__(self) -> None:
         """Check the settings: first those that need no device, then transformers' own, then the batch."""

@@ -33,12 +33,11 @@ _AT_LEAST_ONE = (
     "num_generations_eval",
     "max_completion_length",
     "max_tokens_per_micro_batch",
-    "num_completions_to_print",
     "vllm_tensor_parallel_size",
     "vllm_pipeline_parallel_size",
     "vllm_num_engines",
 )
-_MAY_BE_UNSET = ("num_generations_eval", "max_tokens_per_micro_batch", "num_completions_to_print", "vllm_num_engines")
+_MAY_BE_UNSET = ("num_generations_eval", "max_tokens_per_micro_batch", "vllm_num_engines")
 
 _TIMEOUTS = ("vllm_startup_timeout_s", "vllm_request_timeout_s", "weight_sync_timeout_s", "reward_timeout_s")
 
@@ -254,6 +253,10 @@ def extra_args_are_free(config: GRPOConfig) -> None:
 
 def printing_is_on(config: GRPOConfig) -> None:
     """Refuse a number of completions to print where none are."""
+    if config.num_completions_to_print is not None and config.num_completions_to_print < 0:
+        raise ConfigError(
+            f"num_completions_to_print={config.num_completions_to_print} is negative. Set 0 to print none, or a number."
+        )
     if config.num_completions_to_print is not None and not config.log_completions:
         raise ConfigError(
             f"num_completions_to_print={config.num_completions_to_print} has no effect while log_completions is off. "

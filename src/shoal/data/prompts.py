@@ -174,8 +174,8 @@ def _check_lengths(lengths: npt.NDArray[np.int64], max_prompt_tokens: int) -> No
     if len(too_long):
         raise DatasetError(
             f"The prompt of row {too_long[0]} has {lengths[too_long[0]]} tokens, more than the {max_prompt_tokens} "
-            f"that fit (max_prompt_tokens; {len(too_long)} of {len(lengths)} rows are too long, the longest has "
-            f"{lengths.max()}). Remove such rows with dataset.filter, shorten them, or leave more room for prompts."
+            f"that fit beside max_completion_length ({len(too_long)} of {len(lengths)} rows are too long, the longest "
+            f"has {lengths.max()}). Remove such rows with dataset.filter, shorten them, or leave more room for prompts."
         )
 
 

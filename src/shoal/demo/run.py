@@ -97,6 +97,7 @@ def demo_config(settings: DemoSettings) -> GRPOConfig:
         "num_generations_eval": 1,
         "logging_steps": 1,
         "log_completions": True,
+        "num_completions_to_print": 0,  # the progress view has the terminal; the report shows some
         "save_strategy": "no",
         "gradient_checkpointing": False,
         "report_to": "none",

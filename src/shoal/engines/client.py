@@ -15,6 +15,9 @@ from shoal.errors import EngineRequestError
 from shoal.types import Rollout, RolloutRequest
 
 _CONNECT_TIMEOUT_S = 10.0
+# vLLM closes a connection after 5 idle seconds. Both sides keeping it that long, as is httpx's default too, would now
+# and then send a request into a connection that is being closed.
+_KEEP_ALIVE_S = 2.0
 
 
 class EngineClient:
@@ -39,10 +42,10 @@ class EngineClient:
         """Version of the weights that this engine was last proven to hold; -1 before the first publish."""
         headers = {"Authorization": f"Bearer {api_key}"}
         timeout = httpx.Timeout(request_timeout_s, connect=_CONNECT_TIMEOUT_S)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
         # `trust_env=False`: a proxy from the environment must not see loopback traffic.
         self._async = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False)
-        self._sync = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+        self._sync = httpx.Client(base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False)
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from shoal.engines.command import LOOPBACK, EngineSpec, serve_command, serve_environment
@@ -15,6 +16,7 @@ from shoal.engines.guard import GRACE_S
 from shoal.errors import ConfigError
 
 _REASON = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Interrupt)\b: .+")
+_REASON_LENGTH = 400
 
 # What vLLM logs on its way up, latest first, and what to call it.
 _STAGES = (
@@ -83,17 +85,31 @@ class EngineProcess:
 
     def why_it_died(self) -> str:
         """Return the log's most telling line, for an error message."""
-        lines = tail(self.log_path, 400)
-        reasons = [match.group(0) for line in lines if (match := _REASON.search(line))]
-        # vLLM ends with a general "Engine core initialization failed" after the line that says why.
-        telling = [reason for reason in reasons if "Engine core" not in reason and "cancelled" not in reason.lower()]
-        candidates = telling or reasons or [line for line in lines if line.strip()]
-        return candidates[-1].strip()[:600] if candidates else "its log is empty"
+        return reason_in(tail(self.log_path, 400))
 
     def stage(self) -> str:
         """Say in a few words how far the start is, from what the log has said so far."""
-        said = "\n".join(tail(self.log_path, 400))
-        return next((words for mark, words in _STAGES if mark in said), "importing vLLM")
+        return stage_in(tail(self.log_path, 400))
+
+
+def reason_in(lines: Sequence[str]) -> str:
+    """Return the most telling of a log's lines: the last error that is not a mere consequence of another."""
+    reasons = []
+    for index, line in enumerate(lines):
+        if match := _REASON.search(line):
+            # pydantic says on the next line what is wrong.
+            more = " ".join(lines[index + 1 : index + 2]).strip() if "validation error" in line else ""
+            reasons.append(f"{match.group(0)} {more}")
+    # vLLM ends with a general "Engine core initialization failed" after the line that says why.
+    telling = [reason for reason in reasons if "Engine core" not in reason and "cancelled" not in reason.lower()]
+    candidates = telling or reasons or [line for line in lines if line.strip()]
+    return candidates[-1].strip()[:_REASON_LENGTH] if candidates else "its log is empty"
+
+
+def stage_in(lines: Sequence[str]) -> str:
+    """Say how far a start is whose log has said `lines`."""
+    said = "\n".join(lines)
+    return next((words for mark, words in _STAGES if mark in said), "importing vLLM")
 
 
 def tail(path: Path, num_lines: int) -> list[str]:

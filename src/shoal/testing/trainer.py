@@ -55,6 +55,10 @@ class _ReferenceRollouts:
         """Return what the engine is doing."""
         return self._pool.loads()
 
+    def log_paths(self) -> tuple[None, ...]:
+        """There is no log."""
+        return (None,)
+
     def close(self) -> None:
         """End the loop."""
         self._loop.close()

@@ -5,10 +5,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from shoal.algorithm.logprobs import TokenLogprobs, token_logprobs
 from shoal.types import MicroBatch
+
+# In units of the logits' standard deviation. What is masked contributes exact zeros, so the first bound is for kernels
+# that are not deterministic; the second allows for bfloat16 and another order of summation.
+_NO_INFLUENCE = 1e-3
+_SAME_COMPUTATION = 0.1
 
 
 def packed_logprobs(
@@ -37,6 +43,41 @@ def packed_logprobs(
     if not keeps_logits:
         logits = logits[micro_batch.predictor_positions]
     return token_logprobs(logits, micro_batch.target_ids, temperature)
+
+
+@torch.no_grad()
+def packs_exactly(model: nn.Module) -> bool:
+    """Whether the (unwrapped) model keeps packed sequences apart.
+
+    Found out by trying: models with recurrent states, with positions of their own, or with attention that transformers
+    does not mask may let a sequence see the one before it, silently. The second of two packed sequences must not change
+    with the first, and must be what it is alone.
+    """
+    device = next(model.parameters()).device
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    first, other, second = (
+        (torch.arange(length, device=device) * step + step) % vocabulary
+        for length, step in ((5, 7919), (5, 104729), (7, 15485863))
+    )
+
+    def logits_of_second(before: list[torch.Tensor]) -> torch.Tensor:
+        positions = [torch.arange(len(ids), device=device) for ids in (*before, second)]
+        output = model(
+            input_ids=torch.cat([*before, second])[None], position_ids=torch.cat(positions)[None], use_cache=False
+        )
+        found: torch.Tensor = output.logits[0, -len(second) :].float()
+        return found
+
+    was_training = model.training
+    model.eval()
+    try:
+        packed, changed, alone = logits_of_second([first]), logits_of_second([other]), logits_of_second([])
+    finally:
+        model.train(was_training)
+    scale = alone.std()
+    leaks = (packed - changed).abs().max() > _NO_INFLUENCE * scale
+    differs = (packed - alone).abs().mean() > _SAME_COMPUTATION * scale
+    return not (leaks or differs)
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ optimizer's step the new weights are published. The rest (callbacks, checkpoints
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,17 +29,19 @@ from shoal.data.prompts import PromptSource
 from shoal.data.schedule import PromptSchedule
 from shoal.engines.fleet import StartProgress
 from shoal.errors import ConfigError
-from shoal.observe.completions import CompletionsWriter, rows_of_group
+from shoal.observe.completions import CompletionRow, CompletionsWriter, rows_of_group
 from shoal.observe.ledger import TimeLedger
 from shoal.observe.metrics import MetricsWriter
+from shoal.observe.sample_table import print_completions
 from shoal.rewards import RewardCaller, check_rewards, normalise_reward_funcs
 from shoal.rollout.collector import GroupRequest
 from shoal.rollout.loop_thread import LoopThread
 from shoal.trainer import groups as step_groups
+from shoal.trainer.checkpoints import last_complete_checkpoint
 from shoal.trainer.checks import check_disk, check_reward_weights, longest_prompt
 from shoal.trainer.exchange import Exchange
 from shoal.trainer.factory import draw_blueprint, plan_placement, start_rollouts
-from shoal.trainer.forward import packed_logprobs, takes_logits_to_keep
+from shoal.trainer.forward import packed_logprobs, packs_exactly, takes_logits_to_keep
 from shoal.trainer.model import (
     ReferencePolicy,
     add_adapter,
@@ -56,6 +59,8 @@ from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread
 from shoal.trainer.step_log import StepLog
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
 from shoal.types import Sequence as TrainingSequence
+
+logger = logging.getLogger(__name__)
 
 _ROLLOUT_TIMEOUT_FACTOR = 10.0  # a step may take this many times as long as one completion
 
@@ -133,8 +138,9 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._objective = objective_settings(args)
         self._rollouts: Rollouts | None = None
         self._step_log = StepLog()
-        self._eval_log = StepLog()
         self._reward_log: list[tuple[str, float]] = []
+        self._last_rows: list[CompletionRow] = []
+        self._is_evaluating = False
         self.last_evaluation: tuple[ScoredGroup, ...] = ()
         """What `evaluate` was last about, completion by completion; on rank 0 only."""
         self.ledger = TimeLedger()
@@ -155,16 +161,31 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
         self._max_tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * self._max_sequence()
+        if not is_sharded(policy) and not packs_exactly(policy):
+            logger.warning(
+                "%s lets packed sequences see one another, so each sequence gets a forward pass of its own. "
+                "That is right but slow.",
+                type(policy).__name__,
+            )
+            self._max_tokens = 1
         self._completions = self._open_completions()
         self._metrics_file: MetricsWriter | None = None
         self.add_callback(_StepEnd(self))
 
     # ---- what transformers calls ----
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `transformers.Trainer.train`. If it fails or is interrupted, the engines are ended."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer.train`. If it fails or is interrupted, the engines are ended.
+
+        `resume_from_checkpoint=True` takes the newest checkpoint that is complete.
+
+        Raises:
+            ConfigError: There is no such checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_complete_checkpoint(Path(self.args.output_dir)))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
             self.close()
             raise
@@ -263,23 +284,30 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         metrics: dict[str, float] = self._exchange.json(
             lambda: {f"{metric_key_prefix}_{name}": value for name, value in self._evaluate_prompts(source).items()}
         )
-        self.log(dict(metrics))
+        self._is_evaluating = True
+        try:
+            self.log(dict(metrics))
+        finally:
+            self._is_evaluating = False
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _load_best_model(self) -> None:
         """Load it, and have it published before the engines write again: the step's number does not tell."""
         super()._load_best_model()
-        if self._rollouts is not None:
-            self._rollouts.version = None
+        self.forget_published()
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log, with everything that happened since the last time when it is the training that logs."""
-        if self.model.training and not any(name.startswith("eval_") for name in logs):
+        if not self._is_evaluating:
             logs.update(self._step_log.take())
         super().log(logs, start_time)
-        if self.is_world_process_zero():
-            self._metrics_writer().write(self.state.global_step, logs)
+        if not self.is_world_process_zero():
+            return
+        self._metrics_writer().write(self.state.global_step, logs)
+        if not self._is_evaluating:
+            print_completions(self._last_rows, step=self.state.global_step, limit=self.args.num_completions_to_print)
+            self._last_rows = []
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Estimate the operations of a training step: 6 for each parameter and token."""
@@ -305,7 +333,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             seed_step: Takes the place of the step in the samples' seeds.
         """
         rollouts = self._running_rollouts()
-        if rollouts.version != self.state.global_step:
+        # Outside of training, whoever holds the model may have changed it since the last publish.
+        if rollouts.version != self.state.global_step or not self.is_in_train:
             self._publish()
         request = GroupRequest(
             prompts=tuple(prompts),
@@ -332,6 +361,11 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._step_log.add({"seconds/train": seconds})
         self.ledger.add("train", seconds)
         self._exchange.json(self._publish)
+
+    def forget_published(self) -> None:
+        """Have the weights published before the engines write again, whatever version they hold."""
+        if self._rollouts is not None:
+            self._rollouts.version = None
 
     # ---- rank 0 ----
 
@@ -460,6 +494,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             )
         ]
         self._completions.write(step, rows)
+        self._last_rows = rows
 
     def _metrics_writer(self) -> MetricsWriter:
         if self._metrics_file is None:
@@ -480,6 +515,9 @@ class _StepEnd(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self._trainer = weakref.proxy(trainer)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.forget_published()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.publish_after_step()

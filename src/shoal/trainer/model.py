@@ -123,8 +123,15 @@ def _name_or_path(model: nn.Module) -> str:
 def read_config(model: str | nn.Module, args: GRPOConfig) -> Any:
     """Return the model's configuration without loading its weights."""
     if isinstance(model, str):
-        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
-    return getattr(model, "config", None)
+        revision = _init_kwargs(args).get("revision", "main")
+        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, revision=revision)
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no `config`, so engines cannot be told what to load. "
+            "Pass a transformers model, or the path of one."
+        )
+    return config
 
 
 def num_parameter_bytes(model: nn.Module) -> int:

@@ -136,7 +136,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
                 running=load.running,
                 done_tokens=load.done_tokens,
                 weight_version=rollouts.version,
-                log_path=engine.process.log_path,
+                log_path=log_path,
             )
-            for load, engine in zip(rollouts.loads(), rollouts.fleet.engines, strict=True)
+            for load, log_path in zip(rollouts.loads(), rollouts.log_paths(), strict=True)
         )

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from shoal.engines.fleet import Fleet
 from shoal.errors import EngineRequestError
@@ -115,6 +116,10 @@ class Rollouts:
     def loads(self) -> tuple[EngineLoad, ...]:
         """Return what each engine is doing."""
         return self._pool.loads()
+
+    def log_paths(self) -> tuple[Path | None, ...]:
+        """Return each engine's log file."""
+        return tuple(engine.process.log_path for engine in self.fleet.engines)
 
     def close(self) -> None:
         """End the engines and everything else. Calling it again does nothing."""

@@ -84,14 +84,14 @@ class WeightPublisher:
         self._attempt += 1
         self.num_publishes += 1
         try:
-            self._on_each(lambda link: link.control("/pause?mode=keep"), "pausing")
+            self._on_each(lambda link: link.control("/pause?mode=keep"), "pausing", until=ALL_COMPLETED)
             expected = self._transfer(version)
             num_digests = sum(self._prove(link, version, expected) for link in self._links)
             self._on_each(lambda link: link.control("/reset_prefix_cache"), "dropping its prefix cache")
         except BaseException:
             self._resume_what_can_be()
             raise
-        self._on_each(lambda link: link.control("/resume"), "resuming")
+        self._on_each(lambda link: link.control("/resume"), "resuming", until=ALL_COMPLETED)
         for link in self._links:
             link.client.weight_version = version
         self.num_proven += 1

@@ -1,0 +1,271 @@
+"""Real vLLM engines: who may talk to them, and that nothing of them is left however the trainer ends.
+
+Five small "trainers", one for each way to end, start an engine each side by side (starting is mostly importing) and
+wait. While they do, the engines' routes, sockets and command lines are looked at; then each trainer ends in its way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from shoal.engines.command import EngineSpec
+from shoal.engines.fleet import Fleet
+from shoal.engines.process import choose_ports
+from shoal.errors import EngineStartError
+from shoal.vllm_plugin.gate import KEY_VARIABLE
+
+pytestmark = pytest.mark.engine
+
+ENDINGS = ("normal", "exception", "SIGINT", "SIGTERM", "SIGKILL")
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+TRAINER = """
+import sys, time
+from pathlib import Path
+from shoal.engines.command import EngineSpec
+from shoal.engines.fleet import Fleet
+
+ending, model_dir, port, log_dir, core = sys.argv[1:]
+spec = EngineSpec(
+    name=f"engine-{ending}", model_dir=Path(model_dir), port=int(port), cuda_devices=(), cpu_cores=(int(core),),
+    tensor_parallel_size=1, pipeline_parallel_size=1, dtype="float32", max_model_len=128, gpu_memory_utilization=0.9,
+    cpu_kv_cache_gib=1, seed=0, extra_arguments={},
+)
+with Fleet.start([spec], log_dir=Path(log_dir), timeout_s=500, request_timeout_s=60) as fleet:
+    print(fleet.engines[0].client._sync.headers["authorization"].removeprefix("Bearer "), flush=True)
+    sys.stdin.readline()
+    if ending == "exception":
+        raise RuntimeError("training failed")
+    if ending != "normal":
+        time.sleep(600)
+"""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A process that owns one ready engine."""
+
+    ending: str
+    process: subprocess.Popen[str]
+    port: int
+    log_path: Path
+    key: str
+    descendants: tuple[psutil.Process, ...]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+def still_there(processes: tuple[psutil.Process, ...]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def ready(ending: str, process: subprocess.Popen[str], port: int, logs: Path) -> Trainer:
+    assert process.stdout is not None
+    key = process.stdout.readline().strip()
+    assert len(key) == 64, f"{ending}: its engine did not start, see {logs}"
+    descendants = tuple(psutil.Process(process.pid).children(recursive=True))
+    return Trainer(
+        ending=ending,
+        process=process,
+        port=port,
+        log_path=logs / f"engine-{ending}.log",
+        key=key,
+        descendants=descendants,
+    )
+
+
+@pytest.fixture(scope="module")
+def trainers(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trainer]]:
+    logs = tmp_path_factory.mktemp("logs")
+    ports = choose_ports(len(ENDINGS), None)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAINER, ending, str(served_model_dir), str(port), str(logs), str(index % 2)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index, (ending, port) in enumerate(zip(ENDINGS, ports, strict=True))
+    ]
+    started: dict[str, Trainer] = {}
+    try:
+        for ending, process, port in zip(ENDINGS, processes, ports, strict=True):
+            started[ending] = ready(ending, process, port, logs)
+        yield started
+    finally:
+        for process in processes:
+            process.kill()  # the guards end what is left
+            process.wait()
+
+
+def routes_of(trainer: Trainer) -> set[tuple[str, str]]:
+    """Return every (method, path) that the engine says it has: in its description, and in its log."""
+    headers = {"Authorization": f"Bearer {trainer.key}"}
+    description = httpx.get(f"{trainer.url}/openapi.json", headers=headers, timeout=10, trust_env=False).json()
+    described = {(method.upper(), path) for path, methods in description["paths"].items() for method in methods}
+    logged = {
+        (method, match.group(1))
+        for match in re.finditer(r"Route: (\S+), Methods: (.+)", trainer.log_path.read_text())
+        for method in match.group(2).split(", ")
+    }
+    return described | logged
+
+
+def test_every_route_of_a_real_engine_refuses_whoever_does_not_have_the_key(trainers: dict[str, Trainer]) -> None:
+    trainer = trainers["normal"]
+    routes = routes_of(trainer) | {("GET", path) for path in ("/metrics", "/docs", "/redoc", "/", "/nowhere")}
+    for path in ("/pause", "/resume", "/update_weights", "/init_weight_transfer_engine", "/collective_rpc", "/sleep"):
+        assert ("POST", path) in routes
+    assert len(routes) > 30
+    with httpx.Client(base_url=trainer.url, timeout=10, trust_env=False) as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {trainer.key[:-1]}"}):
+            for method, path in sorted(routes):
+                answer = client.request(method, path.replace("{", "").replace("}", ""), headers=headers)
+                assert answer.status_code == 401, f"{method} {path} with {list(headers)}"
+        right = {"Authorization": f"Bearer {trainer.key}"}
+        assert client.get("/health", headers=right).status_code == 200  # the control: the key opens them
+        assert client.get("/v1/models", headers=right).json()["data"][0]["id"] == "policy"
+        assert client.get("/is_paused", headers=right).json() == {"is_paused": False}  # nobody got through to /pause
+
+
+def test_the_key_of_one_run_does_not_open_anothers_engine(trainers: dict[str, Trainer]) -> None:
+    assert len({trainer.key for trainer in trainers.values()}) == len(ENDINGS)
+    other = {"Authorization": f"Bearer {trainers['SIGINT'].key}"}
+    assert httpx.get(f"{trainers['normal'].url}/health", headers=other, trust_env=False).status_code == 401
+
+
+def test_the_key_is_on_no_command_line_and_in_no_log(trainers: dict[str, Trainer]) -> None:
+    keys = {trainer.key for trainer in trainers.values()}
+    looked_at = 0
+    for process in psutil.process_iter():
+        try:
+            line = " ".join(process.cmdline())
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        looked_at += "engine-" in line or "VLLM" in line
+        assert not any(key in line for key in keys), process
+    assert looked_at >= len(ENDINGS)
+    for trainer in trainers.values():
+        log = trainer.log_path.read_text()
+        assert "Application startup complete" in log
+        assert trainer.key not in log
+        # The control: it is the key, and the engine has it.
+        assert any(p.environ().get(KEY_VARIABLE) == trainer.key for p in still_there(trainer.descendants))
+
+
+def test_nothing_of_a_real_engine_listens_beyond_loopback(trainers: dict[str, Trainer]) -> None:
+    listening = {
+        (connection.laddr.ip, connection.laddr.port)
+        for trainer in trainers.values()
+        for process in [psutil.Process(trainer.process.pid), *still_there(trainer.descendants)]
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {trainer.port for trainer in trainers.values()} <= {port for _, port in listening}
+    assert {ip for ip, _ in listening} <= LOOPBACK
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_no_process_and_no_port_is_left_however_the_trainer_ends(ending: str, trainers: dict[str, Trainer]) -> None:
+    trainer = trainers[ending]
+    assert len(still_there(trainer.descendants)) >= 3  # guard, server, engine core at least
+    assert httpx.get(f"{trainer.url}/health", trust_env=False).status_code == 401
+    assert trainer.process.stdin is not None
+    trainer.process.stdin.write("go on\n")
+    trainer.process.stdin.flush()
+    if ending.startswith("SIG"):
+        time.sleep(0.2)
+        trainer.process.send_signal(signal.Signals[ending])
+    trainer.process.wait(timeout=40)
+    statuses = {"normal": {0}, "exception": {1}, "SIGINT": {-2, 130, 1}, "SIGTERM": {-15}, "SIGKILL": {-9}}
+    assert trainer.process.returncode in statuses[ending]
+    if ending in ("normal", "exception"):
+        assert still_there(trainer.descendants) == []  # the trainer itself waited for them
+    deadline = time.monotonic() + 20
+    while (left := still_there(trainer.descendants)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+    assert choose_ports(1, trainer.port) == [trainer.port]
+
+
+def change_config(folder: Path, into: Path, **entries: object) -> Path:
+    into.mkdir()
+    for file in folder.iterdir():
+        (into / file.name).write_bytes(file.read_bytes())
+    config = json.loads((into / "config.json").read_text()) | entries
+    (into / "config.json").write_text(json.dumps(config))
+    return into
+
+
+def test_a_model_that_vllm_does_not_know_is_an_error_that_says_so_and_ends_the_other_engine_too(
+    served_model_dir: Path, make_spec: Callable[..., EngineSpec], tmp_path: Path
+) -> None:
+    bad = change_config(served_model_dir, tmp_path / "bad", architectures=["NobodyKnowsForCausalLM"])
+    ports = choose_ports(2, None)
+    specs = [make_spec("engine-0", ports[0]), make_spec("engine-1", ports[1], model_dir=bad)]
+    told: list[list[tuple[str, str]]] = []
+    with pytest.raises(EngineStartError) as failure:
+        Fleet.start(
+            specs,
+            log_dir=tmp_path / "logs",
+            timeout_s=300,
+            request_timeout_s=10,
+            on_progress=lambda stages, seconds: told.append(list(stages)),
+        )
+    message = str(failure.value)
+    assert "engine-1 could not start" in message
+    assert "NobodyKnowsForCausalLM" in message and "not supported" in message
+    assert str(tmp_path / "logs" / "engine-1.log") in message
+    assert_nothing_left(tmp_path, ports)
+    assert [name for name, _ in told[0]] == ["engine-0", "engine-1"]
+    assert told[0][0][1] == "importing vLLM"
+
+
+def test_a_corrupt_config_is_an_error_that_names_it(
+    served_model_dir: Path, make_spec: Callable[..., EngineSpec], tmp_path: Path
+) -> None:
+    bad = change_config(served_model_dir, tmp_path / "bad")
+    (bad / "config.json").write_text("{not json")
+    ports = choose_ports(1, None)
+    with pytest.raises(EngineStartError, match=r"engine-0 could not start.*config\.json.*JSON"):
+        Fleet.start(
+            [make_spec("engine-0", ports[0], model_dir=bad)],
+            log_dir=tmp_path / "logs",
+            timeout_s=300,
+            request_timeout_s=10,
+        )
+    assert_nothing_left(tmp_path, ports)
+
+
+def test_an_engine_that_is_not_ready_in_time_is_ended_and_its_stage_is_named(
+    make_spec: Callable[..., EngineSpec], tmp_path: Path
+) -> None:
+    ports = choose_ports(1, None)
+    with pytest.raises(
+        EngineStartError, match=r"engine-0 not ready after 1 s \(engine-0: importing vLLM\).*engine-0\.log"
+    ):
+        Fleet.start([make_spec("engine-0", ports[0])], log_dir=tmp_path / "logs", timeout_s=1, request_timeout_s=10)
+    assert_nothing_left(tmp_path, ports)
+
+
+def assert_nothing_left(tmp_path: Path, ports: list[int]) -> None:
+    """Check that no child of this process serves a model, and that the ports are free."""
+    children = psutil.Process().children(recursive=True)
+    lines = [" ".join(child.cmdline()) for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    for port in ports:
+        assert not any(f"--port {port}" in line for line in lines), lines
+        assert choose_ports(1, port) == [port]

@@ -1,0 +1,139 @@
+"""A step is cut into the same number of passes everywhere, with nothing lost, doubled or weighed anew."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal import GRPOConfig
+from shoal.algorithm.losses import LOSSES, LossSettings
+from shoal.algorithm.objective import CorrectionSettings, ObjectiveSettings
+from shoal.data.micro_batch import build_micro_batch
+from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread, to_device
+from shoal.types import MicroBatch, Sequence
+
+
+def make_sequences(lengths: list[tuple[int, int]], masked: list[bool] | None = None) -> list[Sequence]:
+    """Sequences whose tokens say which sequence they are of."""
+    return [
+        Sequence(
+            token_ids=np.full(prompt + completion, index),
+            prompt_length=prompt,
+            advantage=float(index),
+            rollout_logprobs=np.full(completion, -float(index), np.float32),
+            in_loss=not (masked and masked[index]),
+        )
+        for index, (prompt, completion) in enumerate(lengths)
+    ]
+
+
+lengths_of_a_step = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=16)
+
+
+@given(
+    lengths=lengths_of_a_step,
+    num_ranks=st.integers(1, 4),
+    max_tokens=st.integers(1, 200),
+    loss_type=st.sampled_from(sorted(LOSSES)),
+    data=st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_token_of_a_step_is_in_one_micro_batch_of_one_rank_with_its_weight(
+    lengths: list[tuple[int, int]], num_ranks: int, max_tokens: int, loss_type: str, data: st.DataObject
+) -> None:
+    masked = data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))
+    sequences = make_sequences(lengths, masked)
+    weights = LOSSES[loss_type].token_weights(
+        np.array([completion for _, completion in lengths]), np.array([sequence.in_loss for sequence in sequences])
+    )
+    ranks = [
+        micro_batches_of_rank(sequences, loss_type=loss_type, rank=rank, num_ranks=num_ranks, max_tokens=max_tokens)
+        for rank in range(num_ranks)
+    ]
+
+    assert len({len(micro_batches) for micro_batches in ranks}) == 1 and len(ranks[0]) >= 1
+    weighed: Counter[int] = Counter()
+    total = 0.0
+    for micro_batch in (batch for micro_batches in ranks for batch in micro_batches):
+        assert micro_batch.num_tokens <= max_tokens or micro_batch.num_sequences == 1
+        for index, weight in zip(micro_batch.target_ids.tolist(), micro_batch.loss_weights.tolist(), strict=True):
+            if weight:
+                weighed[index] += 1
+                assert weight == np.float32(weights[index])
+        total += float(micro_batch.loss_weights.double().sum())
+    assert weighed == {i: n for i, (_, n) in enumerate(lengths) if sequences[i].in_loss}
+    if loss_type == "dapo":
+        assert total == pytest.approx(1.0 if weighed else 0.0, rel=1e-5)
+    else:
+        assert total == pytest.approx(len(weighed) / len(lengths), rel=1e-5)
+
+
+def test_the_denominator_is_that_of_the_step_and_not_of_the_micro_batch() -> None:
+    sequences = make_sequences([(1, 3), (1, 1)])
+    cut = {
+        loss_type: micro_batches_of_rank(sequences, loss_type=loss_type, rank=0, num_ranks=1, max_tokens=1)
+        for loss_type in ("dapo", "grpo")
+    }
+    assert [batch.loss_weights.tolist() for batch in cut["dapo"]] == [[0.25] * 3, [0.25]]
+    assert [batch.loss_weights.tolist() for batch in cut["grpo"]] == [[pytest.approx(1 / 6)] * 3, [0.5]]
+
+
+@given(num_micro_batches=st.integers(1, 40), num_items=st.integers(1, 12))
+@settings(deadline=None)
+def test_spreading_keeps_the_order_and_leaves_the_last_call_something(num_micro_batches: int, num_items: int) -> None:
+    micro_batches: Any = list(range(num_micro_batches))
+    calls = spread(micro_batches, num_items)
+    assert len(calls) == num_items
+    assert [batch for call in calls for batch in call] == micro_batches
+    assert len(calls[-1]) >= 1
+    filled = [len(call) for call in calls if call]
+    assert max(filled) - min(filled) <= 1 and len(filled) == min(num_items, num_micro_batches)
+
+
+def test_all_tensors_of_a_micro_batch_move_to_the_device_and_the_rest_stays() -> None:
+    micro_batch = build_micro_batch(make_sequences([(2, 3), (1, 4)]), [0.5, 0.25])
+    moved = to_device(micro_batch, torch.device("meta"))
+    tensors = [field.name for field in fields(MicroBatch) if field.name != "num_sequences"]
+    assert {getattr(moved, name).device.type for name in tensors} == {"meta"}
+    assert [getattr(moved, name).dtype for name in tensors] == [getattr(micro_batch, name).dtype for name in tensors]
+    assert moved.num_sequences == 2
+    same = to_device(micro_batch, torch.device("cpu"))
+    assert all(torch.equal(getattr(same, name), getattr(micro_batch, name)) for name in tensors)
+
+
+def test_the_objective_is_what_the_settings_say() -> None:
+    args = GRPOConfig(
+        output_dir="unused",
+        loss_type="grpo",
+        epsilon=0.1,
+        epsilon_high=0.3,
+        delta=2.0,
+        importance_sampling_level="sequence",
+        beta=0.04,
+        use_bias_correction_kl=False,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_min=0.5,
+        vllm_importance_sampling_clip_max=2.5,
+    )
+    assert objective_settings(args) == ObjectiveSettings(
+        loss_type="grpo",
+        loss=LossSettings(epsilon=0.1, epsilon_high=0.3, delta=2.0, importance_sampling_level="sequence"),
+        beta=0.04,
+        use_bias_correction_kl=False,
+        correction=CorrectionSettings(mode="token_truncate", clip_min=0.5, clip_max=2.5),
+    )
+
+
+def test_what_the_settings_leave_open_is_symmetric_and_what_they_turn_off_is_off() -> None:
+    objective = objective_settings(
+        GRPOConfig(output_dir="unused", epsilon=0.15, vllm_importance_sampling_correction=False)
+    )
+    assert (objective.loss.epsilon, objective.loss.epsilon_high) == (0.15, 0.15)
+    assert objective.correction is None

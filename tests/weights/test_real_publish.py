@@ -1,0 +1,266 @@
+"""Publishes to real vLLM engines: afterwards each writes, token for token, what transformers writes.
+
+One fleet for all of it: two engines with one worker each and one engine with two (tensor parallel).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+
+from shoal.engines.client import EngineClient
+from shoal.engines.command import EngineSpec
+from shoal.engines.fleet import Fleet
+from shoal.engines.process import choose_ports
+from shoal.errors import EngineError, EngineRequestError, WeightProofError
+from shoal.types import Rollout, RolloutRequest, SamplingSettings
+from shoal.weights.link import EngineLink
+from shoal.weights.publisher import WeightPublisher
+from shoal.weights.source import make_source
+
+pytestmark = pytest.mark.engine
+
+NUM_TOKENS = 32
+EOS = 2
+# Bytes of text, one token, and one long enough to fill a block of the prefix cache (128 tokens on CPUs), whose keys and
+# values a publish has to drop.
+PROMPTS = (
+    tuple(range(70, 90)),
+    (5,),
+    (3, 3, 3, 3),
+    tuple(3 + (7 * i) % 250 for i in range(60)),
+    tuple(3 + (i * i) % 250 for i in range(200)),
+)
+GREEDY = SamplingSettings(temperature=0.0, max_tokens=NUM_TOKENS, stop_token_ids=(EOS,))
+SAMPLED = SamplingSettings(temperature=0.8, max_tokens=NUM_TOKENS, stop_token_ids=(EOS,))
+
+
+class FlippingLink(EngineLink):
+    """A link whose `flip_at`-th tensor arrives with its first element's last bit flipped."""
+
+    flip_at: int | None = None
+    num_sent = 0
+
+    def send(self, value: torch.Tensor) -> dist.Work:
+        if self.num_sent == self.flip_at:
+            value = value.clone()
+            value.view(torch.int32).view(-1)[0] ^= 1
+        self.num_sent += 1
+        return super().send(value)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A fleet with a publisher connected to it."""
+
+    fleet: Fleet
+    model: Any
+    links: tuple[FlippingLink, ...]
+    publisher: WeightPublisher
+
+    @property
+    def clients(self) -> tuple[EngineClient, ...]:
+        return tuple(engine.client for engine in self.fleet.engines)
+
+
+def links_to(fleet: Fleet) -> tuple[FlippingLink, ...]:
+    return tuple(
+        FlippingLink(engine.client, num_workers=engine.spec.num_workers, backend="gloo", host="127.0.0.1", timeout_s=90)
+        for engine in fleet.engines
+    )
+
+
+@pytest.fixture(scope="module")
+def running(
+    make_served_model: Callable[..., Any],
+    make_spec: Callable[..., EngineSpec],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Running]:
+    model = make_served_model(seed=11)
+    randomise(model, seed=0, scale=0.1)  # the biases too, which start at zero
+    ports = choose_ports(3, None)
+    specs = [
+        make_spec("engine-0", ports[0], cpu_cores=(0,)),
+        make_spec("engine-1", ports[1], cpu_cores=(1,)),
+        make_spec("engine-2", ports[2], cpu_cores=(0, 1), tensor_parallel_size=2),
+    ]
+    logs = tmp_path_factory.mktemp("logs")
+    with Fleet.start(specs, log_dir=logs, timeout_s=400, request_timeout_s=90) as fleet:
+        links = links_to(fleet)
+        publisher = WeightPublisher(make_source(model), links, 90)
+        publisher.connect()
+        yield Running(fleet=fleet, model=model, links=links, publisher=publisher)
+        publisher.close()
+
+
+@torch.no_grad()
+def randomise(model: Any, seed: int, scale: float) -> None:
+    """Move every parameter by random amounts."""
+    generator = torch.Generator().manual_seed(seed)
+    for value in model.parameters():
+        value.add_(scale * torch.randn(value.shape, generator=generator))
+
+
+@torch.no_grad()
+def transformers_text(model: Any) -> list[list[int]]:
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        texts.append(out[0, len(prompt) :].tolist())
+    return texts
+
+
+@torch.no_grad()
+def transformers_logprobs(model: Any, prompt: tuple[int, ...], tokens: list[int], temperature: float) -> list[float]:
+    logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].double() / temperature
+    table = torch.log_softmax(logits, dim=-1)
+    return [float(table[len(prompt) - 1 + i, token]) for i, token in enumerate(tokens)]
+
+
+def ask(clients: tuple[EngineClient, ...], sampling: SamplingSettings) -> list[list[Rollout]]:
+    """Return, for each engine, its completion of each prompt."""
+
+    async def on_one(client: EngineClient) -> list[Rollout]:
+        # A client's connections belong to one event loop; each call here has its own.
+        fresh = EngineClient(
+            name=client.name,
+            url=client.url,
+            api_key=client._sync.headers["authorization"].removeprefix("Bearer "),
+            log_path=client.log_path,
+            request_timeout_s=90,
+        )
+        fresh.weight_version = client.weight_version
+        requests = [
+            RolloutRequest(prompt_token_ids=prompt, seed=100 + i, sampling=sampling) for i, prompt in enumerate(PROMPTS)
+        ]
+        try:
+            return list(await asyncio.gather(*map(fresh.generate, requests)))
+        finally:
+            await fresh.aclose()
+            fresh.close()
+
+    async def on_all() -> list[list[Rollout]]:
+        return list(await asyncio.gather(*map(on_one, clients)))
+
+    return asyncio.run(on_all())
+
+
+def texts_of(answers: list[Rollout]) -> list[list[int]]:
+    return [[int(token) for token in rollout.token_ids] for rollout in answers]
+
+
+def test_after_every_publish_every_engine_writes_what_transformers_writes_token_for_token(running: Running) -> None:
+    seen: list[list[list[int]]] = []
+    for version in range(3):
+        if version:
+            randomise(running.model, seed=version, scale=0.05)
+        report = running.publisher.publish(version)
+        assert (report.version, report.num_workers) == (version, 4)
+        assert report.num_digests == sum(len(plan.slices) for plan in running.publisher.plans) > 0
+        wanted = transformers_text(running.model)
+        assert sum(map(len, wanted)) > 3 * NUM_TOKENS
+        for client, answers in zip(running.clients, ask(running.clients, GREEDY), strict=True):
+            assert texts_of(answers) == wanted, client.name
+            assert {rollout.weight_version for rollout in answers} == {version}
+        seen.append(wanted)
+    # The controls: each publish changed what is written, from every prompt.
+    for earlier, later in ((0, 1), (1, 2), (0, 2)):
+        assert all(a != b for a, b in zip(seen[earlier], seen[later], strict=True))
+
+
+def test_the_logprobs_of_sampled_tokens_are_transformers_at_that_temperature(running: Running) -> None:
+    running.publisher.publish(10)
+    distances = {0.8: 0.0, 1.0: 0.0}
+    answers_of_engines = ask(running.clients, SAMPLED)
+    for answers in answers_of_engines:
+        for prompt, rollout in zip(PROMPTS, answers, strict=True):
+            for temperature in distances:
+                tokens = [int(token) for token in rollout.token_ids]
+                wanted = torch.tensor(transformers_logprobs(running.model, prompt, tokens, temperature))
+                distance = (torch.from_numpy(rollout.rollout_logprobs) - wanted).abs().max()
+                distances[temperature] = max(distances[temperature], float(distance))
+    assert distances[0.8] < 1e-3
+    assert distances[1.0] > 0.05  # the control: at another temperature they are others
+    assert texts_of(answers_of_engines[0]) == texts_of(answers_of_engines[1])  # a seed decides the text, not the engine
+
+
+def test_a_worker_that_received_one_flipped_bit_is_named_with_the_parameter(running: Running) -> None:
+    names = [meta.name for meta in running.publisher._wire]
+    link = running.links[2]  # two workers
+    for target in ("model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        link.num_sent, link.flip_at = 0, names.index(target)
+        with pytest.raises(WeightProofError, match=rf"engine-2 worker 0 .* than the trainer has in {target} "):
+            running.publisher.publish(20)
+        link.flip_at = None
+    assert running.clients[2].weight_version != 20
+    running.publisher.publish(21)  # the control: nothing flipped, and the same workers prove it
+    assert texts_of(ask(running.clients[2:], GREEDY)[0]) == transformers_text(running.model)
+
+
+def test_an_engine_serves_again_after_a_publish_that_failed(running: Running) -> None:
+    running.publisher.publish(22)
+    before = ask(running.clients, GREEDY)
+    running.links[0].num_sent, running.links[0].flip_at = 0, 3
+    with pytest.raises(WeightProofError):
+        running.publisher.publish(23)
+    running.links[0].flip_at = None
+    for client in running.clients:
+        assert client.post("/resume", None, 10) is not None
+    running.publisher.publish(24)
+    assert [texts_of(a) for a in ask(running.clients, GREEDY)] == [texts_of(a) for a in before]
+
+
+def test_a_lora_model_is_published_merged_over_a_new_line_to_the_same_engines(
+    running: Running, make_served_model: Callable[..., Any]
+) -> None:
+    base = make_served_model(seed=5)
+    plain = transformers_text(base)
+    peft_model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, value in peft_model.named_parameters():
+            if "lora_" in name:
+                value.normal_(std=0.2)
+    wanted = transformers_text(peft_model)
+    assert wanted != plain  # the control: the adapter does something
+    publisher = WeightPublisher(make_source(peft_model), links_to(running.fleet), 90)
+    publisher.connect()
+    publisher.publish(30)
+    for answers in ask(running.clients, GREEDY):
+        assert texts_of(answers) == wanted
+    publisher.close()
+
+
+def test_an_engine_that_is_killed_is_named_with_its_log(running: Running) -> None:
+    """Comes last: the engine does not come back."""
+    engine = running.fleet.engines[1]
+    running.fleet.check_alive()
+    (server,) = psutil.Process(engine.process.pid).children()
+    server.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while engine.process.exit_status() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with pytest.raises(EngineError, match=r"engine-1 ended with status .*engine-1\.log"):
+        running.fleet.check_alive()
+    with pytest.raises(EngineRequestError, match=r"engine-1 did not answer .*engine-1\.log"):
+        ask(running.clients[1:2], GREEDY)
+    assert Path(str(engine.process.log_path)).is_file()
+    running.links[0].client.post("/reset_prefix_cache", None, 10)  # the others serve on

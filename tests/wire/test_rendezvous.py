@@ -1,0 +1,126 @@
+"""How trainer and workers meet: two real processes over gloo, one address, and a time-out when nobody comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from shoal.wire.rendezvous import Store, digest_key, host_store, join_store, make_group, plan_key
+
+HOST = "127.0.0.1"
+
+# What the far side does, in a process of its own: answer through the store, then receive two broadcasts.
+PEER = """
+import sys, torch, torch.distributed as dist
+from shoal.wire.digest import digest
+from shoal.wire.rendezvous import join_store, make_group
+port = int(sys.argv[1])
+store = join_store("127.0.0.1", port, 20)
+store.set("greeting", store.get("question").decode() + " yes")
+group = make_group(store, backend="gloo", host="127.0.0.1", rank=1, size=2, timeout_s=20)
+options = dist.BroadcastOptions()
+options.rootRank = 0
+for key, value in (("first", torch.zeros(1000, dtype=torch.bfloat16)), ("second", torch.zeros(3, 5))):
+    group.broadcast([value], options).wait()
+    store.set(key, str(digest(value)))
+"""
+
+
+def listening_addresses(port: int) -> set[str]:
+    return {
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+
+
+def broadcast(group: dist.ProcessGroup, value: torch.Tensor) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([value], options).wait()
+
+
+def test_the_store_listens_on_the_given_address_alone() -> None:
+    store = host_store(HOST, timeout_s=5)
+    assert listening_addresses(store.port) == {HOST}
+
+
+def test_torchs_own_store_would_listen_on_every_address() -> None:
+    store = dist.TCPStore(HOST, 0, None, True, timedelta(seconds=5), wait_for_workers=False)  # type: ignore[attr-defined]
+    assert listening_addresses(store.port) - {HOST}  # the control: why the store is handed a bound socket
+
+
+def test_two_processes_meet_and_what_is_broadcast_arrives_bit_for_bit() -> None:
+    from shoal.wire.digest import digest
+
+    store = host_store(HOST, timeout_s=20)
+    peer = subprocess.Popen([sys.executable, "-c", PEER, str(store.port)])
+    try:
+        store.set("question", "are you there?")
+        store.wait(["greeting"], timedelta(seconds=20))
+        assert store.get("greeting").decode() == "are you there? yes"
+        group = make_group(store, backend="gloo", host=HOST, rank=0, size=2, timeout_s=20)
+        sent = {"first": torch.randn(1000).to(torch.bfloat16), "second": torch.randn(3, 5)}
+        for key, value in sent.items():
+            broadcast(group, value)
+            store.wait([key], timedelta(seconds=20))
+            assert int(store.get(key)) == digest(value)
+            assert digest(value) != 0  # what the far side started from
+        assert peer.wait(timeout=20) == 0
+    finally:
+        peer.kill()
+        peer.wait()
+
+
+def test_a_group_lets_no_tensor_listen_beyond_its_address() -> None:
+    store = host_store(HOST, timeout_s=5)
+    before = psutil.Process().net_connections(kind="tcp")
+    group = make_group(store, backend="gloo", host=HOST, rank=0, size=1, timeout_s=5)
+    broadcast(group, torch.zeros(2))
+    new = [c for c in psutil.Process().net_connections(kind="tcp") if c not in before]
+    assert {c.laddr.ip for c in new if c.status == psutil.CONN_LISTEN} <= {HOST}
+
+
+def test_a_group_whose_peer_never_comes_is_an_error_within_the_time_out() -> None:
+    store = host_store(HOST, timeout_s=1)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)time"):
+        make_group(store, backend="gloo", host=HOST, rank=0, size=2, timeout_s=1)
+    assert time.monotonic() - began < 10
+
+
+def test_a_value_that_never_comes_is_an_error_within_the_time_out() -> None:
+    store = host_store(HOST, timeout_s=30)
+    began = time.monotonic()
+    with pytest.raises(dist.DistStoreError):
+        store.wait(["nobody sets this"], timedelta(seconds=0.5))
+    assert time.monotonic() - began < 5
+
+
+def test_joining_a_store_that_nobody_serves_is_an_error_within_the_time_out() -> None:
+    store: Store = host_store(HOST, timeout_s=1)
+    port = store.port
+    del store
+    began = time.monotonic()
+    with pytest.raises(dist.DistError):
+        join_store(HOST, port, timeout_s=1)
+    assert time.monotonic() - began < 15
+
+
+def test_every_worker_and_every_attempt_has_a_key_of_its_own() -> None:
+    keys = [
+        plan_key(1),
+        plan_key(2),
+        digest_key(1, 1, 1),
+        digest_key(1, 1, 2),
+        digest_key(1, 2, 1),
+        digest_key(2, 1, 1),
+    ]
+    assert len(set(keys)) == len(keys)
