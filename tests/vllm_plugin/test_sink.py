@@ -21,7 +21,7 @@ from shoal.errors import EngineRequestError, WeightProofError
 from shoal.types import ParameterMeta
 from shoal.vllm_plugin.recorder import PlanError, learn_plan
 from shoal.vllm_plugin.sink import ParameterSink
-from shoal.weights.link import EngineLink
+from shoal.weights.link import UNPROVEN, EngineLink
 from shoal.weights.publisher import WeightPublisher
 from shoal.wire.digest import digest
 from shoal.wire.plan import SlicePlan, dtype_name
@@ -406,7 +406,7 @@ def test_an_element_that_changes_in_a_workers_memory_fails_the_proof_naming_para
         patch.setattr(ParameterSink, "write", write_then_break)
         with pytest.raises(WeightProofError, match=rf"engine-0 worker {rank} .*norm\.weight.*version 2"):
             publisher.publish(2)
-    assert engine.weight_version == 1
+    assert engine.weight_version == UNPROVEN
     assert engine.called[-1] == "/resume"
     assert publisher.publish(3).version == 3  # the same engine, whole again
     publisher.close()

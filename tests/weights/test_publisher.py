@@ -21,7 +21,7 @@ import torch.distributed as dist
 from shoal.engines.client import EngineClient
 from shoal.errors import WeightProofError, WeightSyncError
 from shoal.types import ParameterMeta
-from shoal.weights.link import AbandonableCall, EngineLink
+from shoal.weights.link import UNPROVEN, AbandonableCall, EngineLink
 from shoal.weights.publisher import WeightPublisher, wire_metadata
 from shoal.wire.digest import digest
 from shoal.wire.plan import Region, Slice, SlicePlan, dtype_from_name, dtype_name, metadata_from_json
@@ -113,6 +113,7 @@ class Engine:
         self.workers = [Worker(name, rank, num_workers) for rank in range(num_workers)]
         self.called: list[str] = []
         self.answers_500: set[str] = set()
+        self.answers: dict[str, dict[str, Any]] = {}
         self.stalls_at: set[str] = set()
         self.released = threading.Event()
         engine = self
@@ -129,7 +130,7 @@ class Engine:
                 except Exception as error:
                     status, answer = 500, {"error": str(error)}
                 else:
-                    answer = {}
+                    answer = engine.answers.get(path, {})
                 octets = json.dumps(answer).encode()
                 try:
                     self.send_response(status)
@@ -252,13 +253,14 @@ def test_the_routes_are_called_in_the_order_that_a_running_engine_needs(engines:
 def test_a_version_counts_for_an_engine_only_once_it_is_proven(engines: list[Engine]) -> None:
     publisher = connected(engines, Source())
     clients = [link.client for link in publisher._links]
-    assert [client.weight_version for client in clients] == [-1, -1]
+    assert [client.weight_version for client in clients] == [UNPROVEN, UNPROVEN]
     publisher.publish(4)
     assert [client.weight_version for client in clients] == [4, 4]
     engines[1].answers_500.add("/reset_prefix_cache")
     with pytest.raises(WeightSyncError, match="engine-1"):
         publisher.publish(5)
-    assert [client.weight_version for client in clients] == [4, 4]
+    # They no longer hold version 4, and nothing shows that they hold version 5.
+    assert [client.weight_version for client in clients] == [UNPROVEN, UNPROVEN]
     publisher.close()
 
 
@@ -340,6 +342,18 @@ def test_an_engine_that_stalls_is_named_within_the_time_out_and_the_other_is_res
         assert "engine-1" not in str(failure.value)
     # While weights are sent the engines go in step, so there the other one did not finish either.
     assert "/resume" in engines[1].called
+    publisher.close()
+
+
+def test_an_engine_that_keeps_its_prefix_cache_is_an_error_and_counts_as_unproven(engines: list[Engine]) -> None:
+    publisher = connected(engines, Source())
+    publisher.publish(1)
+    engines[1].answers["/reset_prefix_cache"] = {"success": False}
+    with pytest.raises(WeightSyncError, match=r"engine-1.* prefix cache"):
+        publisher.publish(2)
+    assert [link.client.weight_version for link in publisher._links] == [UNPROVEN, UNPROVEN]
+    engines[1].answers["/reset_prefix_cache"] = {"success": True}
+    assert publisher.publish(2).version == 2
     publisher.close()
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from shoal.rollout.pool import EnginePool
+from shoal.rollout.tasks import gather_or_cancel
 from shoal.types import CompletionLike, Prompt, Rollout, RolloutRequest, SamplingSettings, ScoredGroup
 
 Decode = Callable[[Prompt, Sequence[Rollout]], tuple[CompletionLike, ...]]
@@ -57,13 +57,7 @@ class RolloutCollector:
             EngineRequestError: An engine failed.
             RewardError: A reward function failed. In both cases everything under way is cancelled.
         """
-        tasks = [asyncio.create_task(self._collect_group(prompt, request)) for prompt in request.prompts]
-        try:
-            return tuple(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await gather_or_cancel(self._collect_group(prompt, request) for prompt in request.prompts)
 
     async def _collect_group(self, prompt: Prompt, request: GroupRequest) -> ScoredGroup:
         rollouts = await self._pool.generate_group(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from shoal.protocols import RolloutEngine
 from shoal.rollout.dispatch import choose_engine
+from shoal.rollout.tasks import gather_or_cancel
 from shoal.types import Rollout, RolloutRequest
 
 
@@ -55,13 +56,7 @@ class EnginePool:
             EngineRequestError: An engine failed. The group's other samples are cancelled.
         """
         home: list[int | None] = [None]
-        tasks = [asyncio.create_task(self._generate(request, home)) for request in requests]
-        try:
-            return tuple(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await gather_or_cancel(self._generate(request, home) for request in requests)
 
     def loads(self) -> tuple[EngineLoad, ...]:
         """Return each engine's load."""

@@ -17,6 +17,10 @@ from shoal.wire.plan import SlicePlan, metadata_to_json
 from shoal.wire.rendezvous import WIRE_KEY, Group, GroupBackend, digest_key, host_store, make_group, plan_key
 
 
+UNPROVEN = -1
+"""Weight version of an engine that holds nothing that was proven."""
+
+
 class ControlClient(Protocol):
     """What a link needs of an engine's client."""
 
@@ -114,16 +118,29 @@ class EngineLink:
             for rank in range(1, 1 + self.num_workers)
         ]
 
-    def control(self, path: str, body: dict[str, Any] | None = None) -> None:
-        """Call a control route of the engine.
+    def control(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Call a control route of the engine and return its answer.
 
         Raises:
             WeightSyncError: It failed or timed out.
         """
         try:
-            self.client.post(path, body, self._timeout_s)
+            return self.client.post(path, body, self._timeout_s)
         except EngineRequestError as error:
             raise WeightSyncError(f"publishing weights to {self.client.name} failed at {path}: {error}") from error
+
+    def drop_prefix_cache(self) -> None:
+        """Have the engine forget the keys and values that the former weights computed.
+
+        Raises:
+            WeightSyncError: It could not, as when requests are under way.
+        """
+        answer = self.control("/reset_prefix_cache")
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise WeightSyncError(
+                f"{self.client.name} could not drop its prefix cache, so it would go on with keys and values of the "
+                "former weights. It does this while requests are under way: publish when none are."
+            )
 
     def close(self) -> None:
         """Leave the group, without waiting for the engine, which may be gone."""

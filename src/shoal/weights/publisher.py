@@ -18,7 +18,7 @@ import torch
 from shoal.errors import WeightProofError, WeightSyncError
 from shoal.protocols import WeightSource
 from shoal.types import ParameterMeta, PublishReport
-from shoal.weights.link import AbandonableCall, EngineLink
+from shoal.weights.link import UNPROVEN, AbandonableCall, EngineLink
 from shoal.wire.digest import digest
 from shoal.wire.plan import Region, SlicePlan, dtype_from_name
 
@@ -87,8 +87,10 @@ class WeightPublisher:
             self._on_each(lambda link: link.control("/pause?mode=keep"), "pausing", until=ALL_COMPLETED)
             expected = self._transfer(version)
             num_digests = sum(self._prove(link, version, expected) for link in self._links)
-            self._on_each(lambda link: link.control("/reset_prefix_cache"), "dropping its prefix cache")
+            self._on_each(lambda link: link.drop_prefix_cache(), "dropping its prefix cache")
         except BaseException:
+            for link in self._links:
+                link.client.weight_version = UNPROVEN
             self._resume_what_can_be()
             raise
         self._on_each(lambda link: link.control("/resume"), "resuming", until=ALL_COMPLETED)
