@@ -43,7 +43,9 @@ time.sleep(60)
 """
 # The trainer's part: starts a guarded command and does nothing to end it.
 PARENT = f"""
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
+# A shell ignores Ctrl-C for what it runs in the background, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 guard = [sys.executable, "-m", "shoal.engines.guard", "--parent", str(os.getpid()), "--grace-s", "1"]
 if sys.argv[2] == "guarded":
     subprocess.Popen([*guard, "--", sys.executable, "-c", {COMMAND!r}], start_new_session=True)

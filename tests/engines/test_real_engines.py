@@ -32,10 +32,12 @@ ENDINGS = ("normal", "exception", "SIGINT", "SIGTERM", "SIGKILL")
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 TRAINER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from shoal.engines.command import EngineSpec
 from shoal.engines.fleet import Fleet
+# A shell ignores Ctrl-C for what it runs in the background, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ending, model_dir, port, log_dir, core = sys.argv[1:]
 spec = EngineSpec(

@@ -114,8 +114,10 @@ def test_work_after_closing_is_an_error_at_once() -> None:
 
 
 WAITS = """
-import asyncio, sys
+import asyncio, signal, sys
 from shoal.rollout.loop_thread import LoopThread
+# A shell ignores Ctrl-C for what it runs in the background, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 loop = LoopThread("loop")
 async def endless():
     print("waiting", flush=True)
