@@ -7,7 +7,7 @@ import logging
 import os
 from pathlib import Path
 
-DEFAULT_STEPS = 30
+DEFAULT_STEPS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
