@@ -12,9 +12,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoTokenizer
 
 from shoal import GRPOConfig, vllm_compat
+from shoal.engines.fleet import Fleet
 from shoal.errors import ConfigError
+from shoal.placement.records import PlacementPlan
 from shoal.testing import tiny_model, tiny_tokenizer
-from shoal.trainer.factory import _write_engine_model, draw_blueprint, make_decoder, plan_placement
+from shoal.trainer.factory import (
+    Blueprint,
+    _write_engine_model,
+    draw_blueprint,
+    make_decoder,
+    plan_placement,
+    start_rollouts,
+)
 from shoal.types import Prompt, Rollout
 
 
@@ -107,3 +116,22 @@ def test_an_engine_finds_the_models_configuration_and_tokenizer_but_no_weights(t
 def test_an_adapters_engine_gets_the_configuration_of_the_model_below(tmp_path: Path) -> None:
     _write_engine_model(tmp_path, get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM")), tiny_tokenizer())
     assert AutoConfig.from_pretrained(tmp_path).model_type == "llama"
+
+
+def test_an_adapter_that_cannot_be_sent_is_refused_before_an_engine_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(Fleet, "start", lambda *_, **__: started.append("start"))
+    model = get_peft_model(tiny_model(), LoraConfig(use_dora=True, target_modules=["q_proj"]))
+    empty = Blueprint(plan=PlacementPlan(trainers=(), engines=(), idle=(), warnings=()), specs=(), backends=())
+    with pytest.raises(ConfigError, match="DoRA"):
+        start_rollouts(
+            empty,
+            model=model,
+            tokenizer=None,
+            args=config(tmp_path),
+            score=None,  # type: ignore[arg-type]
+            on_progress=None,
+        )
+    assert started == []

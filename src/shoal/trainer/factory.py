@@ -142,8 +142,10 @@ def start_rollouts(
         on_progress: Told how far the engines are.
 
     Raises:
+        ConfigError: The weights cannot be published.
         EngineStartError: An engine did not start.
     """
+    source = make_source(model)  # refuses adapters that cannot be sent, while nothing runs yet
     for warning in blueprint.plan.warnings:
         logger.warning(warning)
     _write_engine_model(blueprint.specs[0].model_dir, model, tokenizer)
@@ -157,7 +159,7 @@ def start_rollouts(
     try:
         return Rollouts(
             fleet,
-            source=make_source(model),
+            source=source,
             decode=make_decoder(tokenizer),
             score=score,
             settings=RolloutSettings(
