@@ -25,6 +25,9 @@ CompletionLike: TypeAlias = str | list[Message]
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 
+UNPROVEN = -1
+"""Weight version of an engine that holds nothing that was proven."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:

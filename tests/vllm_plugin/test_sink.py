@@ -18,10 +18,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 
 from shoal.errors import EngineRequestError, WeightProofError
-from shoal.types import ParameterMeta
+from shoal.types import UNPROVEN, ParameterMeta
 from shoal.vllm_plugin.recorder import PlanError, learn_plan
 from shoal.vllm_plugin.sink import ParameterSink
-from shoal.weights.link import UNPROVEN, EngineLink
+from shoal.weights.link import EngineLink
 from shoal.weights.publisher import WeightPublisher
 from shoal.wire.digest import digest
 from shoal.wire.plan import SlicePlan, dtype_name

@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from shoal.engines.client import EngineClient
 from shoal.errors import WeightProofError, WeightSyncError
-from shoal.types import ParameterMeta
-from shoal.weights.link import UNPROVEN, AbandonableCall, EngineLink
+from shoal.types import UNPROVEN, ParameterMeta
+from shoal.weights.link import AbandonableCall, EngineLink
 from shoal.weights.publisher import WeightPublisher, wire_metadata
 from shoal.wire.digest import digest
 from shoal.wire.plan import Region, Slice, SlicePlan, dtype_from_name, dtype_name, metadata_from_json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,15 +57,18 @@ class PromptSchedule:
         assert step >= 0, f"step {step} is negative"
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.prompts_per_step
-        return tuple(self._order(epoch)[start : start + self.prompts_per_step].tolist())
-
-    def _order(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Give the order of all rows in an epoch.
-
-        Sorted by raw random words rather than shuffled by `Generator.permutation`: NumPy promises the same PCG64 and
-        SeedSequence in every version, but not the same permutation (NEP 19), and a run may resume on another NumPy.
-        """
+        end = start + self.prompts_per_step
         if not self.shuffle:
-            return np.arange(self.num_prompts)
-        words = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self.num_prompts)
-        return np.argsort(words, kind="stable")
+            return tuple(range(start, end))
+        return tuple(_shuffled(self.num_prompts, self.seed, epoch)[start:end].tolist())
+
+
+@functools.lru_cache(maxsize=4)  # consecutive steps are of one epoch
+def _shuffled(num_prompts: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Give the order of all rows in an epoch.
+
+    Sorted by raw random words rather than shuffled by `Generator.permutation`: NumPy promises the same PCG64 and
+    SeedSequence in every version, but not the same permutation (NEP 19), and a run may resume on another NumPy.
+    """
+    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_prompts)
+    return np.argsort(words, kind="stable")

@@ -34,7 +34,6 @@ class DemoSettings:
         seed: Of the run: prompts' order and samples.
         num_held_out: Questions of the judging.
         model: A checkpoint's folder; None for the packaged SmolLM2-135M-Instruct.
-        overrides: Settings of `GRPOConfig` that replace the demo's.
     """
 
     output_dir: Path
@@ -42,7 +41,6 @@ class DemoSettings:
     seed: int
     num_held_out: int = NUM_HELD_OUT
     model: Path | None = None
-    overrides: dict[str, Any] | None = None
 
 
 def run_demo(settings: DemoSettings) -> RunSummary:
@@ -82,7 +80,7 @@ def run_demo(settings: DemoSettings) -> RunSummary:
 
 def demo_config(settings: DemoSettings) -> GRPOConfig:
     """Return the demo's settings: 64 completions of a few tokens a step, so that two CPU cores do."""
-    chosen: dict[str, Any] = {
+    values: dict[str, Any] = {
         "output_dir": str(settings.output_dir),
         "max_steps": settings.steps,
         "seed": settings.seed,
@@ -104,7 +102,7 @@ def demo_config(settings: DemoSettings) -> GRPOConfig:
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
     }
-    return GRPOConfig(**(chosen | (settings.overrides or {})))
+    return GRPOConfig(**values)
 
 
 def _rewards(groups: Sequence[ScoredGroup]) -> list[float]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from shoal.engines.command import SERVED_MODEL_NAME
 from shoal.errors import EngineRequestError
-from shoal.types import Rollout, RolloutRequest
+from shoal.types import UNPROVEN, Rollout, RolloutRequest
 
 _CONNECT_TIMEOUT_S = 10.0
 # vLLM closes a connection after 5 idle seconds. Both sides keeping it that long, as is httpx's default too, would now
@@ -38,8 +38,8 @@ class EngineClient:
         self._request_timeout_s = request_timeout_s
         self.url = url
         self.log_path = log_path
-        self.weight_version = -1
-        """Version of the weights that this engine was last proven to hold; -1 before the first publish."""
+        self.weight_version = UNPROVEN
+        """Version of the weights that this engine was last proven to hold."""
         headers = {"Authorization": f"Bearer {api_key}"}
         timeout = httpx.Timeout(request_timeout_s, connect=_CONNECT_TIMEOUT_S)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE_S)

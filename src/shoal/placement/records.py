@@ -77,17 +77,11 @@ class Division:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlacementPlan:
+class PlacementPlan(Division):
     """A division that can be carried out, with what its user should know before it is.
 
     Attributes:
-        trainers: The device of each trainer process, in rank order.
-        engines: The engines, in the order of their devices.
-        idle: GPUs that neither a trainer process nor an engine uses.
         warnings: Sentences, each with the settings to change.
     """
 
-    trainers: tuple[Device, ...]
-    engines: tuple[EnginePlacement, ...]
-    idle: tuple[Device, ...]
     warnings: tuple[str, ...]

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from shoal.config import GRPOConfig
 from shoal.errors import ConfigError
+from shoal.wire.plan import dtype_name
 
 
 def load_policy(model: str | nn.Module, args: GRPOConfig) -> nn.Module:
@@ -96,7 +97,7 @@ def compute_dtype(model: nn.Module, args: GRPOConfig) -> str:
         return "bfloat16"
     if args.fp16:
         return "float16"
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+    return dtype_name(next(model.parameters()).dtype)
 
 
 def _init_kwargs(args: GRPOConfig) -> dict[str, Any]:

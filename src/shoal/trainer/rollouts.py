@@ -137,11 +137,12 @@ class Rollouts:
 
 def _log_reloaded(publisher: WeightPublisher) -> None:
     for plan in publisher.plans:
+        in_place = {piece.target for piece in plan.slices} - set(plan.reloaded)
         logger.info(
             "%s: %d slices, %d parameters written in place, %d through vLLM's reload%s",
             plan.worker,
             len(plan.slices),
-            len({piece.target for piece in plan.slices}) - len(plan.reloaded),
+            len(in_place),
             len(plan.reloaded),
             _examples(plan.reloaded),
         )

@@ -16,9 +16,6 @@ from shoal.types import ParameterMeta
 from shoal.wire.plan import SlicePlan, metadata_to_json
 from shoal.wire.rendezvous import WIRE_KEY, Group, GroupBackend, digest_key, host_store, make_group, plan_key
 
-UNPROVEN = -1
-"""Weight version of an engine that holds nothing that was proven."""
-
 
 class ControlClient(Protocol):
     """What a link needs of an engine's client."""

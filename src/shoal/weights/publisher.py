@@ -17,8 +17,8 @@ import torch
 
 from shoal.errors import WeightProofError, WeightSyncError
 from shoal.protocols import WeightSource
-from shoal.types import ParameterMeta, PublishReport
-from shoal.weights.link import UNPROVEN, AbandonableCall, EngineLink
+from shoal.types import UNPROVEN, ParameterMeta, PublishReport
+from shoal.weights.link import AbandonableCall, EngineLink
 from shoal.wire.digest import digest
 from shoal.wire.plan import Region, SlicePlan, dtype_from_name
 
