@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.wire.digest import digest
+from shoal.wire.digest import DigestPlan, Run, digest, digests, unsigned
 
 COLUMNS = 1 << 14  # the width of the table that the digest lays the elements out in
 CHUNK = 16 * COLUMNS  # elements that it sums at a time
@@ -175,3 +177,76 @@ def test_a_type_without_a_digest_is_refused_by_name() -> None:
         digest(torch.zeros(3, dtype=torch.complex64))
     with pytest.raises(TypeError, match="complex128"):
         digest(torch.zeros(3, dtype=torch.complex128))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(DTYPES), st.sampled_from((*SIZES, 2 * CHUNK - 1)), st.data())
+def test_the_shares_of_a_partition_add_up_to_the_digest_of_the_whole(
+    dtype: torch.dtype, num_elements: int, data: st.DataObject
+) -> None:
+    tensor = random_bits(num_elements, dtype)
+    edges = [i for i in (1, COLUMNS - 1, COLUMNS, COLUMNS + 1, CHUNK) if i < num_elements]
+    cut = st.one_of(st.sampled_from(edges), st.integers(0, num_elements)) if edges else st.integers(0, num_elements)
+    cuts = [0, *sorted(data.draw(st.lists(cut, max_size=5))), num_elements]
+    shares = [digest(tensor[low:high], start=low) for low, high in itertools.pairwise(cuts)]
+    assert sum(shares) % 2**64 == digest(tensor)
+
+
+def test_a_share_far_into_a_large_whole_follows_the_formula() -> None:
+    tensor = random_bits(COLUMNS + 10, torch.bfloat16)
+    start = (1 << 33) + 5
+    total = 0
+    for index, bits in enumerate(tensor.view(torch.int16).tolist(), start=start):
+        column = splitmix64(1 + index % COLUMNS) | 1
+        row = splitmix64(1 + index // COLUMNS + (1 << 40)) | 1
+        total += bits * column * row
+    assert digest(tensor, start) == total % 2**64
+
+
+def runs_of_two_wholes(first: torch.Tensor, second: torch.Tensor) -> list[Run]:
+    """Return both tensors in parts, in mixed order, the first one's digest in slot 2 and the second one's in slot 0."""
+    return [
+        Run(second[20000:], 20000, 0),
+        Run(first[:5], 0, 2),
+        Run(first[COLUMNS:], COLUMNS, 2),
+        Run(second[:20000], 0, 0),
+        Run(first[5:5], 5, 2),
+        Run(first[5:COLUMNS], 5, 2),
+    ]
+
+
+def test_runs_add_up_in_their_slots() -> None:
+    first, second = random_bits(3 * COLUMNS + 1, torch.bfloat16), random_bits(30000, torch.float32)
+    found = digests(runs_of_two_wholes(first, second), 3, "cpu")
+    assert found.dtype == torch.int64
+    assert unsigned(found) == [digest(second), 0, digest(first)]
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("change", [{"start": 1}, {"start": COLUMNS}, {"slot": 1}], ids=str)
+def test_a_run_in_a_wrong_place_or_slot_changes_the_digests(index: int, change: dict[str, int]) -> None:
+    first, second = random_bits(3 * COLUMNS + 1, torch.bfloat16), random_bits(30000, torch.float32)
+    runs = runs_of_two_wholes(first, second)
+    run = runs[index]
+    runs[index] = Run(run.values, run.start + change.get("start", 0), change.get("slot", run.slot))
+    assert unsigned(digests(runs, 3, "cpu")) != [digest(second), 0, digest(first)]
+
+
+def test_a_plan_reads_the_values_of_the_moment_also_of_runs_that_are_not_contiguous() -> None:
+    square = random_bits(200 * 200, torch.float32).view(200, 200)
+    plan = DigestPlan([Run(square.t(), 0, 0), Run(square[:, 3:50], 7, 1)], 2, "cpu")
+    for row in range(3):
+        square[row, 10] = row
+        assert unsigned(plan.compute()) == [digest(square.t().contiguous()), digest(square[:, 3:50].contiguous(), 7)]
+
+
+def test_runs_that_cannot_be_digested_are_refused() -> None:
+    values = torch.zeros(3)
+    with pytest.raises(ValueError, match="run 1 counts in slot 2, there are 2"):
+        digests([Run(values, 0, 0), Run(values, 0, 2)], 2, "cpu")
+    with pytest.raises(ValueError, match="starts at element -1"):
+        digest(values, start=-1)
+    with pytest.raises(ValueError, match="run 0 lies on meta"):
+        digests([Run(values.to("meta"), 0, 0)], 1, "cpu")
+    with pytest.raises(TypeError, match="complex64"):
+        digests([Run(values.to(torch.complex64), 0, 0)], 1, "cpu")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -168,3 +170,55 @@ def test_metadata_survives_json_with_its_order() -> None:
         ParameterMeta(name="a", dtype="float32", shape=()),
     )
     assert metadata_from_json(json.loads(json.dumps(metadata_to_json(metas)))) == metas
+
+
+@st.composite
+def views(draw: st.DrawFn) -> torch.Tensor:
+    """A view of a table of element numbers: rows, columns, steps, an element, turned or not."""
+    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    view = torch.arange(math.prod(shape)).view(shape)
+    for _ in range(draw(st.integers(0, 3))):
+        if view.ndim == 0:
+            break
+        axis = draw(st.integers(0, view.ndim - 1))
+        if draw(st.integers(0, 5)) == 0:
+            view = view.select(axis, draw(st.integers(0, view.shape[axis] - 1))) if view.shape[axis] else view
+            continue
+        start = draw(st.integers(0, view.shape[axis]))
+        stop = draw(st.integers(start, view.shape[axis]))
+        view = view[(slice(None),) * axis + (slice(start, stop, draw(st.integers(1, 3))),)]
+    return view.t() if view.ndim == 2 and draw(st.booleans()) else view
+
+
+@settings(deadline=None, max_examples=200)
+@given(views(), st.data())
+def test_a_region_comes_apart_into_boxes_that_are_runs_of_its_order(view: torch.Tensor, data: st.DataObject) -> None:
+    region, table = Region.of(view), torch.arange(view.untyped_storage().nbytes() // view.element_size())
+    start = data.draw(st.integers(0, region.num_elements))
+    stop = data.draw(st.integers(start, region.num_elements))
+    boxes = list(region.boxes(start, stop))
+    assert [n for box in boxes for n in box.view(table).flatten().tolist()] == view.flatten().tolist()[start:stop]
+    # The other side's region has the same shape and lies otherwise.
+    beside = Region.of(torch.empty((*view.shape, 2), device="meta")[..., 0])
+    assert [box.shape for box in beside.boxes(start, stop)] == [box.shape for box in boxes]
+    # The control: one element more is another run.
+    assert stop == region.num_elements or list(region.boxes(start, stop + 1)) != boxes
+
+
+@settings(deadline=None, max_examples=200)
+@given(views())
+def test_order_is_told_and_elements_below_a_position_are_counted(view: torch.Tensor) -> None:
+    region, numbers = Region.of(view), view.flatten().tolist()
+    if numbers:
+        assert region.is_ordered == all(a < b for a, b in itertools.pairwise(numbers))
+    if region.is_ordered:
+        for position in range(view.untyped_storage().nbytes() // view.element_size() + 1):
+            assert region.num_below(position) == sum(number < position for number in numbers)
+
+
+def test_what_is_turned_or_repeated_is_not_in_order() -> None:
+    table = torch.empty(4, 6, device="meta")
+    assert not Region.of(table.t()).is_ordered
+    assert not Region.of(table[:1].expand(4, 6)).is_ordered
+    assert Region.of(table[::2, 1:5:2]).is_ordered  # the control
+    assert Region.of(table[:, :1].t()).is_ordered  # one column, turned: still one after the other

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -39,9 +39,65 @@ class Region:
         """Number of elements of the view."""
         return math.prod(self.shape)
 
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this region of `tensor`, which may itself lie anywhere in its storage."""
-        return torch.as_strided(tensor, self.shape, self.strides, tensor.storage_offset() + self.offset)
+    def view(self, tensor: torch.Tensor, *, first: int = 0) -> torch.Tensor:
+        """Return this region of `tensor`, which may itself lie anywhere in its storage.
+
+        Args:
+            tensor: The contiguous tensor, or a run of its elements.
+            first: Number of the element that `tensor` begins with.
+        """
+        return torch.as_strided(tensor, self.shape, self.strides, tensor.storage_offset() + self.offset - first)
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether its elements in row-major order are also in the order in which they lie."""
+        span = 0
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size > 1:
+                if stride <= span:
+                    return False
+                span += (size - 1) * stride
+        return True
+
+    def num_below(self, position: int) -> int:
+        """Count the elements of an ordered region that lie before element `position` of the tensor."""
+        if not self.shape:
+            return int(self.offset < position)
+        if self.num_elements == 0 or position <= self.offset:
+            return 0
+        rows = 0 if self.shape[0] == 1 else min((position - self.offset) // self.strides[0], self.shape[0])
+        return rows * self._row_size + (self._row(rows).num_below(position) if rows < self.shape[0] else 0)
+
+    def boxes(self, start: int, stop: int) -> Iterator[Region]:
+        """Cut the elements `start` to `stop`, counted in row-major order, into regions, each a run of that order.
+
+        How it is cut depends on the shape alone: two regions of one shape come apart alike.
+        """
+        if start >= stop:
+            return
+        if start == 0 and stop == self.num_elements:
+            yield self
+            return
+        first, head = divmod(start, self._row_size)
+        last, tail = divmod(stop, self._row_size)
+        if first == last:
+            yield from self._row(first).boxes(head, tail)
+            return
+        if head:
+            yield from self._row(first).boxes(head, self._row_size)
+            first += 1
+        if first < last:
+            shape = (last - first, *self.shape[1:])
+            yield Region(offset=self._row(first).offset, shape=shape, strides=self.strides)
+        if tail:
+            yield from self._row(last).boxes(0, tail)
+
+    @property
+    def _row_size(self) -> int:
+        return math.prod(self.shape[1:])
+
+    def _row(self, index: int) -> Region:
+        return Region(offset=self.offset + index * self.strides[0], shape=self.shape[1:], strides=self.strides[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

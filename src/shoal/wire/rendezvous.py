@@ -5,20 +5,28 @@ The store is a mailbox for small plain bytes (plans, digests); the group carries
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, Protocol
 
+import torch
 import torch.distributed as dist
 
 GroupBackend = Literal["gloo", "nccl"]
 
-WIRE_KEY = "wire"
-"""Key under which the trainer leaves what it will send, once it has every worker's plan."""
+_NEVER = timedelta(days=7)
 
 
 class Store(Protocol):
     """What is used of a `torch.distributed.TCPStore`, which torch does not export to type checkers."""
+
+    @property
+    def host(self) -> str:
+        """Address that it is served on."""
+        ...
 
     @property
     def port(self) -> int:
@@ -31,6 +39,14 @@ class Store(Protocol):
 
     def get(self, key: str) -> bytes:
         """Fetch a value, waiting for it up to the store's own time-out."""
+        ...
+
+    def check(self, keys: list[str]) -> bool:
+        """Look whether all values are there, without waiting for them."""
+        ...
+
+    def delete_key(self, key: str) -> bool:
+        """Remove a value."""
         ...
 
     def wait(self, keys: list[str], timeout: timedelta) -> None:
@@ -71,10 +87,19 @@ def join_store(host: str, port: int, timeout_s: float) -> Store:
     return store
 
 
-def make_group(store: Store, *, backend: GroupBackend, host: str, rank: int, size: int, timeout_s: float) -> Group:
+def make_group(
+    store: Store,
+    *,
+    backend: GroupBackend,
+    host: str,
+    rank: int,
+    size: int,
+    timeout_s: float,
+    device: torch.device | None = None,
+) -> Group:
     """Form a process group over `store`, apart from any default group of this process.
 
-    Blocks until all `size` members have called it.
+    Blocks until all `size` members have called it: the trainer's ranks first, then the engine's workers.
 
     Args:
         store: Where the members meet.
@@ -82,7 +107,8 @@ def make_group(store: Store, *, backend: GroupBackend, host: str, rank: int, siz
         host: Address of this process that the others can reach (gloo only).
         rank: Of this process in the group.
         size: Of the group.
-        timeout_s: For forming the group and for each operation on it.
+        timeout_s: For forming the group and, with gloo, for each operation on it.
+        device: This member's GPU (nccl only), on which the communicator is made at once rather than at the first use.
     """
     timeout = timedelta(seconds=timeout_s)
     meeting = dist.PrefixStore("group", store)  # type: ignore[attr-defined,arg-type]
@@ -92,15 +118,33 @@ def make_group(store: Store, *, backend: GroupBackend, host: str, rank: int, siz
         gloo._timeout = timeout
         return dist.ProcessGroupGloo(meeting, rank, size, gloo)
     nccl = dist.ProcessGroupNCCL.Options()
-    nccl._timeout = timeout
-    return dist.ProcessGroupNCCL(meeting, rank, size, nccl)
+    # Time is kept by who waits. NCCL's own watchdog would end the process where we want an error.
+    nccl._timeout = _NEVER
+    with _without_nccl_watchdog():
+        group = dist.ProcessGroupNCCL(meeting, rank, size, nccl)
+    if device is not None:
+        group.eager_connect_single_device(device)
+    return group
 
 
-def plan_key(rank: int) -> str:
-    """Key under which a worker leaves its slice plan."""
-    return f"plan/{rank}"
+@contextmanager
+def _without_nccl_watchdog() -> Iterator[None]:
+    """Have a group made meanwhile neither end this process nor write dumps when a peer fails.
 
-
-def digest_key(version: int, attempt: int, rank: int) -> str:
-    """Key under which a worker leaves its digests of one publish."""
-    return f"digest/{version}/{attempt}/{rank}"
+    These are read when a group is made and cannot be given in its options (torch 2.11 to 2.13).
+    """
+    settings = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    }
+    former = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,178 @@
+"""Device memory that another process of the same host can open, through the CUDA driver itself.
+
+Torch's own way (`_share_cuda_`) ties the memory to its caching allocator and keeps it for as long as a receiver has not
+said that it let go: each engine that is killed would cost the trainer its staging buffer for good.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, Protocol, TypeAlias
+
+import torch
+
+from shoal.errors import ConfigError
+
+_ENABLE_PEER_ACCESS = 1
+_HANDLE_BYTES = 64
+_GRANULE = 2 << 20  # the driver shares out less than this among allocations, and exports whole granules
+
+
+Copy: TypeAlias = tuple[int, int, int]
+"""Bytes to be copied: target and source, addresses as the device knows them, and how many. There are thousands."""
+
+
+class Moment(Protocol):
+    """A point in the order of a device's work, such as a `torch.cuda.Event`."""
+
+    def query(self) -> bool:
+        """Whether all before it is done."""
+        ...
+
+
+class SharedMemory(Protocol):
+    """Memory in which two processes meet: a GPU's, or (in tests) the host's."""
+
+    def allocate(self, num_bytes: int) -> tuple[int, str]:
+        """Return the address of new memory, and a description by which another process can open it."""
+        ...
+
+    def release(self, address: int) -> None:
+        """Give back what `allocate` returned."""
+        ...
+
+    def open(self, description: str) -> int:
+        """Return the address here of what another process described."""
+        ...
+
+    def shut(self, address: int) -> None:
+        """Let go of what `open` returned."""
+        ...
+
+    def mark(self) -> Moment:
+        """Return the point that the caller's own work has come to."""
+        ...
+
+    def copy(self, copies: Sequence[Copy], after: Sequence[Moment]) -> Moment:
+        """Start copying, after some moments, and return the moment at which the copies are done."""
+        ...
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
+
+
+class CudaMemory:
+    """Memory of one GPU, with a stream of its own for the copies.
+
+    Args:
+        device: The GPU on which this process has its tensors, with its index.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._copy_async = self._driver.cuMemcpyDtoDAsync_v2
+        self._copy_async.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+        ordinal, self._context = ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(ordinal), ctypes.c_int(self._device.index))
+        # Torch uses the primary context as well, and lives as long as the process: it is never given back.
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), ordinal)
+
+    def allocate(self, num_bytes: int) -> tuple[int, str]:
+        """Allocate and describe memory of this GPU."""
+        address, handle = ctypes.c_uint64(), _Handle()
+        with self._current():
+            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(-(-num_bytes // _GRANULE) * _GRANULE))
+            try:
+                self._call("cuIpcGetMemHandle", ctypes.byref(handle), address)
+            except RuntimeError:
+                self._call("cuMemFree_v2", address)
+                raise
+        return int(address.value), json.dumps({"handle": bytes(handle).hex(), "gpu": _uuid(self._device.index)})
+
+    def release(self, address: int) -> None:
+        """Free memory that this process allocated."""
+        with self._current():
+            self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def open(self, description: str) -> int:
+        """Map memory of a GPU that this one is, or can reach.
+
+        Raises:
+            ConfigError: That GPU is not visible here, or out of reach.
+        """
+        data = json.loads(description)
+        self._check_reach(str(data["gpu"]))
+        address, handle = ctypes.c_uint64(), _Handle.from_buffer_copy(bytes.fromhex(data["handle"]))
+        with self._current():
+            self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, ctypes.c_uint(_ENABLE_PEER_ACCESS))
+        return int(address.value)
+
+    def shut(self, address: int) -> None:
+        """Unmap memory of another process."""
+        with self._current():
+            self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
+
+    def mark(self) -> Moment:
+        """Record an event on the caller's current stream."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def copy(self, copies: Sequence[Copy], after: Sequence[Moment]) -> Moment:
+        """Queue copies on this object's stream."""
+        for moment in after:
+            assert isinstance(moment, torch.cuda.Event)
+            self._stream.wait_event(moment)
+        stream = self._stream.cuda_stream
+        with self._current():
+            for target, source, num_bytes in copies:
+                code = self._copy_async(target, source, num_bytes, stream)
+                if code != 0:
+                    self._fail("cuMemcpyDtoDAsync_v2", code)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(self._stream)
+        return done
+
+    def _check_reach(self, uuid: str) -> None:
+        visible = {_uuid(index): index for index in range(torch.cuda.device_count())}
+        own = f"GPU {_uuid(self._device.index)} (cuda:{self._device.index})"
+        if uuid not in visible:
+            raise ConfigError(
+                f"weights cannot be received on {own} from GPU {uuid}: this process does not see that GPU. CUDA lets a "
+                "process open another's memory only on GPUs in its CUDA_VISIBLE_DEVICES; use NCCL between these two."
+            )
+        sender = visible[uuid]
+        if sender != self._device.index and not torch.cuda.can_device_access_peer(self._device.index, sender):
+            raise ConfigError(
+                f"weights cannot be received on {own} from GPU {uuid} (cuda:{sender}): neither NVLink nor PCIe lets "
+                "one reach the other's memory. Use NCCL between these two."
+            )
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make the GPU's context the calling thread's, whatever that had."""
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._driver, name)(*arguments)
+        if code != 0:
+            self._fail(name, code)
+
+    def _fail(self, name: str, code: int) -> NoReturn:
+        text = ctypes.c_char_p()
+        self._driver.cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"{name} failed on {self._device}: {(text.value or b'unknown error').decode()} ({code})")
+
+
+def _uuid(index: int) -> str:
+    return str(torch.cuda.get_device_properties(index).uuid)

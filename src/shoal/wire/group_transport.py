@@ -1,0 +1,309 @@
+"""Parcels over a torch process group: Gloo between CPUs, NCCL between GPUs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from shoal.protocols import Parcel, Pending
+from shoal.wire.liveness import LateError, Peers, patience_left
+from shoal.wire.rendezvous import Group
+
+_POLL_S = 50e-6
+_LIVENESS_PERIOD_S = 0.2
+_GRACE_S = 1.0
+_ABORT_S = 10.0
+
+
+class GlooTransport:
+    """Parcels between CPUs over TCP.
+
+    Everything is posted at once, so peers come in any order; what blocks is waiting. After any failure, a time-out
+    included, the group is broken and every call raises the same error.
+
+    Args:
+        group: A Gloo process group of all members.
+        peers: Watches the members that this one exchanges with.
+        timeout_s: For `Pending.wait`.
+    """
+
+    def __init__(self, group: Group, peers: Peers, timeout_s: float) -> None:
+        self._group: Group | None = group
+        self.peers = peers
+        self._timeout_s = timeout_s
+        self._num_sent: Counter[int] = Counter()
+        self._num_received: Counter[int] = Counter()
+        self._under_way: deque[_GlooBatch] = deque()
+        self._lock = threading.Lock()
+        self._failure: Exception | None = None
+
+    def send(self, parcels: Sequence[Parcel]) -> Pending:
+        """Start sending."""
+        return self._post(parcels, self._open_group().send, self._num_sent)
+
+    def receive(self, parcels: Sequence[Parcel]) -> Pending:
+        """Start receiving."""
+        return self._post(parcels, self._open_group().recv, self._num_received)
+
+    def finish(self, timeout_s: float) -> None:
+        """Block until all that was started is done."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self.raise_failure()
+            with self._lock:
+                if not self._under_way:
+                    return
+                batch = self._under_way[0]
+            batch.wait_for(max(0.0, deadline - time.monotonic()))
+
+    def close(self) -> None:
+        """Leave. Members that wait for this one learn of it within seconds."""
+        with self._lock:
+            self._failure = self._failure or ConnectionError("the transport is closed")
+            self._under_way.clear()
+            self._group = None  # with the last reference, the works' included, the connections close
+        self.peers.leave()
+
+    def fail(self, error: Exception) -> Exception:
+        """Record a failure of the group and return it in the protocol's terms."""
+        with self._lock:
+            if self._failure is None:
+                known = isinstance(error, ConnectionError | TimeoutError)
+                self._failure = error if known else ConnectionError(f"Gloo failed: {error}")
+                self._under_way.clear()
+            return self._failure
+
+    def forget(self, batch: _GlooBatch) -> None:
+        """Take a batch that is done off the list."""
+        with self._lock:
+            if batch in self._under_way:
+                self._under_way.remove(batch)
+
+    def raise_failure(self) -> None:
+        """Raise what has broken the group, if anything has."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _post(self, parcels: Sequence[Parcel], operation: Callable[..., dist.Work], tags: Counter[int]) -> Pending:
+        self.raise_failure()
+        works: list[tuple[dist.Work, int]] = []
+        for parcel in parcels:
+            if parcel.tensor.numel() == 0:
+                continue  # the far side leaves it out as well
+            if parcel.tensor.device.type != "cpu":
+                raise ValueError(f"Gloo carries tensors on the CPU, not on {parcel.tensor.device}")
+            tag = tags[parcel.peer] % (1 << 31)
+            tags[parcel.peer] += 1
+            try:
+                works.append((operation([as_bytes(parcel.tensor)], parcel.peer, tag), parcel.peer))
+            except RuntimeError as error:
+                raise self.fail(error) from error
+        batch = _GlooBatch(self, works, self._timeout_s)
+        with self._lock:
+            self._under_way.append(batch)
+        return batch
+
+    def _open_group(self) -> Group:
+        self.raise_failure()
+        return self._group
+
+
+class _GlooBatch:
+    """Works of one call, waited for on a thread that can be left behind.
+
+    Gloo's own wait does not tell that a peer died in the middle of a tensor: what was half received stays pending.
+    """
+
+    def __init__(self, transport: GlooTransport, works: list[tuple[dist.Work, int]], timeout_s: float) -> None:
+        self._transport = transport
+        self._works = works
+        self._posted = time.monotonic()
+        self._timeout_s = timeout_s
+        self._awaited: int | None = None
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._error: Exception | None = None
+
+    def wait(self) -> None:
+        """Block until the parcels are through."""
+        self.wait_for(patience_left(self._posted, self._timeout_s))
+
+    def wait_for(self, timeout_s: float) -> None:
+        """Block until the parcels are through, for so long at most."""
+        self._start_waiting(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while not self._ended.wait(max(0.0, min(_LIVENESS_PERIOD_S, deadline - time.monotonic()))):
+            self._transport.raise_failure()  # another thread may have closed it
+            try:
+                self._transport.peers.check_all()
+            except ConnectionError as error:
+                # What a peer sent before it left may still be in the pipe.
+                if not self._ended.wait(_GRACE_S):
+                    raise self._transport.fail(error) from error
+            if time.monotonic() >= deadline and not self._ended.is_set():
+                limit = max(timeout_s, self._timeout_s)
+                members = () if self._awaited is None else (self._awaited,)
+                raise self._transport.fail(
+                    LateError(f"a transfer of weights over Gloo took more than {limit:g} s", members)
+                )
+        if self._error is not None:
+            raise self._transport.fail(self._error) from self._error
+        self._transport.forget(self)
+
+    def _start_waiting(self, timeout_s: float) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._wait, args=(timeout_s,), daemon=True, name="weight-gloo")
+                self._thread.start()
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait for each work, once, as Gloo has it. The time-out only ends a thread that was left behind."""
+        try:
+            for work, peer in self._works:
+                self._awaited = peer
+                work.wait(timedelta(seconds=timeout_s + _GRACE_S))
+        except RuntimeError as error:
+            self._error = error
+        finally:
+            self._works = []
+            self._ended.set()
+
+
+class NcclTransport:
+    """Parcels between GPUs, straight from and into the tensors' own memory.
+
+    A batch is one NCCL group call, and groups run one after another on the communicator's stream: members must list
+    their batches in one order that is the same everywhere, or they wait for one another for ever.
+
+    Args:
+        group: An NCCL process group of all members, its communicator made.
+        device: This member's GPU.
+        peers: Watches the members that this one exchanges with.
+    """
+
+    def __init__(self, group: Group, device: torch.device, peers: Peers) -> None:
+        self._group: Group | None = group
+        self._device = device
+        self._peers = peers
+        self._lock = threading.Lock()
+        self._under_way: deque[dist.Work] = deque()
+        self._failure: Exception | None = None
+
+    def send(self, parcels: Sequence[Parcel]) -> Pending:
+        """Start sending, after what the current stream does so far."""
+        return self._post(parcels, self._open_group().send)
+
+    def receive(self, parcels: Sequence[Parcel]) -> Pending:
+        """Start receiving, after what the current stream does so far."""
+        return self._post(parcels, self._open_group().recv)
+
+    def finish(self, timeout_s: float) -> None:
+        """Block until all that was started is done.
+
+        After a failure the communicator is aborted, so that no kernel stays behind waiting for a peer.
+        """
+        self._open_group()
+        deadline = time.monotonic() + timeout_s
+        next_look = time.monotonic() + _LIVENESS_PERIOD_S
+        try:
+            while self._under_way:
+                work = self._under_way[0]
+                if work.is_completed():
+                    work.wait(timedelta(seconds=_ABORT_S))  # with a time-out, NCCL's own errors are raised here
+                    self._under_way.popleft()
+                    continue
+                now = time.monotonic()
+                if now >= next_look:
+                    self._peers.check_all()
+                    next_look = now + _LIVENESS_PERIOD_S
+                if now >= deadline:
+                    raise LateError(f"a transfer of weights over NCCL took more than {timeout_s:g} s")
+                time.sleep(_POLL_S)
+        except (OSError, RuntimeError) as error:
+            self._failure = error if isinstance(error, OSError) else ConnectionError(f"NCCL failed: {error}")
+            self._abort()
+            raise self._failure from error
+
+    def close(self) -> None:
+        """Leave: what is under way is aborted."""
+        self._failure = self._failure or ConnectionError("the transport is closed")
+        self._abort()
+
+    def _post(self, parcels: Sequence[Parcel], operation: Callable[..., dist.Work]) -> Pending:
+        filled = [parcel for parcel in parcels if parcel.tensor.numel()]
+        if not filled:
+            return _Done()
+        group = self._open_group()
+        with self._lock, torch.cuda.device(self._device):
+            group._start_coalescing()
+            try:
+                for parcel in filled:
+                    operation([as_bytes(parcel.tensor)], parcel.peer, 0)
+            finally:
+                work: dist.Work = group._end_coalescing()
+            self._under_way.append(work)
+        return _NcclBatch(work, self._device)
+
+    def _open_group(self) -> Group:
+        if self._failure is not None:
+            raise self._failure
+        return self._group
+
+    def _abort(self) -> None:
+        """Abort on a thread that can be left behind: aborting a communicator may itself wait for a hung driver."""
+        group, self._group = self._group, None
+        self._under_way.clear()
+        if group is None:
+            return
+        self._peers.leave()
+        thread = threading.Thread(target=group.abort, daemon=True, name="abort-nccl")
+        thread.start()
+        thread.join(_ABORT_S)
+
+
+class _NcclBatch:
+    def __init__(self, work: dist.Work, device: torch.device) -> None:
+        self._work = work
+        self._device = device
+
+    def wait(self) -> None:
+        """Have the current stream wait; the host goes on."""
+        with torch.cuda.device(self._device):
+            self._work.wait()
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing was to be sent."""
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """View a contiguous tensor as bytes, a type that every backend has.
+
+    Raises:
+        ValueError: It is not contiguous.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"a parcel must be contiguous, not of strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+        )
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def warm_up(
+    transport: NcclTransport, *, device: torch.device, peers: Sequence[int], sends: bool, timeout_s: float
+) -> None:
+    """Exchange one byte with every peer, which makes NCCL's channels, so that the first publish need not."""
+    parcels = [Parcel(torch.zeros(1, dtype=torch.uint8, device=device), peer) for peer in peers]
+    if sends:
+        transport.send(parcels)
+    else:
+        transport.receive(parcels)
+    transport.finish(timeout_s)

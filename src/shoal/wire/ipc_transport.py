@@ -1,0 +1,226 @@
+"""Parcels between processes of one host through staging buffers in GPU memory: CUDA IPC.
+
+For engine workers on the trainer's own GPU, which NCCL refuses, and on GPUs that can reach it. The sender copies into a
+ring of its own memory and the receiver copies out of it; what is said between them goes through a page of host memory.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from shoal.protocols import Parcel, Pending
+from shoal.wire.device_memory import SharedMemory
+from shoal.wire.liveness import GoneError, LateError, Peers, patience_left
+from shoal.wire.rendezvous import Store
+from shoal.wire.ring import ALIGNMENT, Batch, Piece, RingReader, RingWriter, Signals
+
+_LIVENESS_PERIOD_S = 0.2
+_NUM_SPINS = 500
+_SLEEP_S = 50e-6
+_JOIN_S = 5.0
+
+
+class IpcTransport:
+    """Parcels through shared staging buffers, moved by one thread that serves all peers in turn.
+
+    Args:
+        store: Where the members meet.
+        rank: Of this member.
+        peers: The members that this one exchanges with.
+        peer_ranks: Their ranks.
+        memory: Of this member's GPU.
+        staging_bytes: Bound on this member's staging buffers, over all peers.
+        timeout_s: For meeting, and for `Pending.wait`.
+
+    Raises:
+        ConfigError: A peer's memory cannot be opened here.
+        torch.distributed.DistStoreError: A peer did not come in time.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        rank: int,
+        peers: Peers,
+        peer_ranks: Sequence[int],
+        memory: SharedMemory,
+        staging_bytes: int,
+        timeout_s: float,
+    ) -> None:
+        self._peers = peers
+        self._memory = memory
+        self._timeout_s = timeout_s
+        self._writers: dict[int, RingWriter] = {}
+        self._readers: dict[int, RingReader] = {}
+        self._changed = threading.Condition()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="weight-ipc")
+        try:
+            num_bytes = staging_bytes // len(peer_ranks) // (2 * ALIGNMENT) * 2 * ALIGNMENT
+            for peer in peer_ranks:
+                self._writers[peer] = self._offer(store, rank, peer, max(num_bytes, 2 * ALIGNMENT))
+            for peer in peer_ranks:
+                self._readers[peer] = self._accept(store, rank, peer)
+            # Only now may any of us leave: what a member gives back must have been opened by all who were told of it.
+            opened = [f"opened/{rank}/{peer}" for peer in peer_ranks]
+            store.wait(opened, timedelta(seconds=timeout_s))
+        except BaseException:
+            self._release()
+            raise
+        self._thread.start()
+
+    def send(self, parcels: Sequence[Parcel]) -> Pending:
+        """Start sending, after what the current stream does so far."""
+        return self._add(parcels, self._writers)
+
+    def receive(self, parcels: Sequence[Parcel]) -> Pending:
+        """Start receiving, after what the current stream does so far."""
+        return self._add(parcels, self._readers)
+
+    def finish(self, timeout_s: float) -> None:
+        """Block until all that was started is done, at the receivers too."""
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._failure is not None or not self._busy(), timeout_s)
+            if self._failure is not None:
+                raise self._failure
+            if not done:
+                self._fail(self._late(timeout_s))
+                raise self._failure or AssertionError
+
+    def close(self) -> None:
+        """Leave, and give back the memory."""
+        with self._changed:
+            self._fail(ConnectionError("the transport is closed"))
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_S)
+        if not self._thread.is_alive():  # else the GPU hangs in a copy, and the memory is not ours to free
+            self._release()
+
+    def wait_for(self, batch: Batch) -> None:
+        """Block until a batch is through."""
+        with self._changed:
+            patience_s = patience_left(batch.posted, self._timeout_s)
+            done = self._changed.wait_for(lambda: self._failure is not None or not batch.num_open, patience_s)
+            if batch.num_open and self._failure is not None:
+                raise self._failure
+            if not done:
+                raise self._late(self._timeout_s)
+
+    def _offer(self, store: Store, rank: int, peer: int, num_bytes: int) -> RingWriter:
+        """Make a ring and describe it to the peer that reads it."""
+        signals = Signals.create()
+        try:
+            address, description = self._memory.allocate(num_bytes)
+        except BaseException:
+            signals.unlink()
+            raise
+        offer = {"memory": description, "num_bytes": num_bytes, "signals": str(signals.path)}
+        store.set(f"ring/{rank}/{peer}", json.dumps(offer))
+        return RingWriter(peer=peer, memory=self._memory, address=address, num_bytes=num_bytes, signals=signals)
+
+    def _accept(self, store: Store, rank: int, peer: int) -> RingReader:
+        """Open the ring that a peer made."""
+        key = f"ring/{peer}/{rank}"
+        store.wait([key], timedelta(seconds=self._timeout_s))
+        offer = json.loads(store.get(key))
+        store.delete_key(key)
+        signals = Signals(Path(offer["signals"]), create=False)
+        signals.unlink()  # both have it now, and nothing stays behind however they end
+        address = self._memory.open(offer["memory"])
+        store.set(f"opened/{peer}/{rank}", "")
+        num_bytes = int(offer["num_bytes"])
+        return RingReader(peer=peer, memory=self._memory, address=address, num_bytes=num_bytes, signals=signals)
+
+    def _add(self, parcels: Sequence[Parcel], ends: dict[int, RingWriter] | dict[int, RingReader]) -> Pending:
+        filled = [parcel for parcel in parcels if parcel.tensor.numel()]
+        for parcel in filled:
+            if not parcel.tensor.is_contiguous():
+                raise ValueError(f"a parcel must be contiguous, not of strides {parcel.tensor.stride()}")
+        batch = Batch(self._memory.mark(), len(filled))
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            for parcel in filled:
+                ends[parcel.peer].add(Piece(parcel.tensor, batch))
+            self._changed.notify_all()
+        return _IpcBatch(self, batch)
+
+    def _run(self) -> None:
+        """Move what can be moved, and look after the peers."""
+        num_idle, next_look = 0, 0.0
+        try:
+            while True:
+                with self._changed:
+                    if self._failure is not None:
+                        return
+                    progress = [end.step() for end in self._ends()]
+                    if any(progress):
+                        self._changed.notify_all()
+                        num_idle = 0
+                        continue
+                    busy = self._busy()
+                    if not busy:
+                        self._changed.notify_all()
+                        self._changed.wait(1.0)
+                        num_idle = 0
+                        continue
+                if time.monotonic() >= next_look:
+                    self._look_after(busy)
+                    next_look = time.monotonic() + _LIVENESS_PERIOD_S
+                num_idle += 1
+                time.sleep(0 if num_idle < _NUM_SPINS else _SLEEP_S)
+        except Exception as error:
+            with self._changed:
+                self._fail(error)
+
+    def _look_after(self, busy: list[RingWriter | RingReader]) -> None:
+        self._peers.check_alive({end.peer for end in busy})
+        for end in busy:
+            # In this order: a peer that has read the last bytes may leave at once.
+            if end.peer_left() and not end.is_idle():
+                raise GoneError(f"member {end.peer} has left the weight transfer", end.peer)
+
+    def _late(self, timeout_s: float) -> LateError:
+        members = sorted({end.peer for end in self._busy()})
+        return LateError(f"a transfer of weights over CUDA IPC took more than {timeout_s:g} s", members)
+
+    def _ends(self) -> list[RingWriter | RingReader]:
+        return [*self._writers.values(), *self._readers.values()]
+
+    def _busy(self) -> list[RingWriter | RingReader]:
+        return [end for end in self._ends() if not end.is_idle()]
+
+    def _fail(self, error: Exception) -> None:
+        """Record the first failure, tell the peers at once, and wake whoever waits."""
+        if self._failure is None:
+            self._failure = error
+            for end in self._ends():
+                end.leave()
+        self._changed.notify_all()
+
+    def _release(self) -> None:
+        writers, self._writers = self._writers, {}
+        readers, self._readers = self._readers, {}
+        for reader in readers.values():
+            reader.leave()
+            self._memory.shut(reader.address)
+        for writer in writers.values():
+            writer.leave()
+            writer.signals.unlink()
+            self._memory.release(writer.address)
+
+
+class _IpcBatch:
+    def __init__(self, transport: IpcTransport, batch: Batch) -> None:
+        self._transport = transport
+        self._batch = batch
+
+    def wait(self) -> None:
+        """Block until the parcels are copied: out of the way at the sender, in place at the receiver."""
+        self._transport.wait_for(self._batch)
