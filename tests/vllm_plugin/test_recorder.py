@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shoal.vllm_plugin.recorder import PlanError, _Recorder
+from shoal.vllm_plugin.recorder import PlanError, Recorder
 from shoal.wire.plan import Slice, dtype_from_name
 
 HIDDEN, HEAD, HEADS, KV_HEADS, VOCAB, PADDED, MIDDLE = 12, 4, 8, 4, 30, 32, 20
@@ -86,14 +86,14 @@ def loader(tp: int, rank: int) -> Loader:
     return load
 
 
-def record(load: Loader, engine: Tensors, source: Tensors) -> _Recorder:
-    recorder = _Recorder(source, engine)
+def record(load: Loader, engine: Tensors, source: Tensors) -> Recorder:
+    recorder = Recorder(source, engine)
     with torch.no_grad(), recorder:
         load(engine, source)
     return recorder
 
 
-def carry_out(slices: list[Slice], recorder: _Recorder, source: Tensors, engine: Tensors) -> None:
+def carry_out(slices: list[Slice], recorder: Recorder, source: Tensors, engine: Tensors) -> None:
     with torch.no_grad():
         for piece in slices:
             into = piece.target_region.view(engine[piece.target].data)
@@ -178,8 +178,10 @@ def _concatenated(engine: Tensors, source: Mapping[str, torch.Tensor]) -> None:
     engine["norm"].data.copy_(torch.cat([source["norm"][:6], source["norm"][6:]]))
 
 
-def _part_of_a_copy(engine: Tensors, source: Mapping[str, torch.Tensor]) -> None:
-    engine["norm"].data.copy_(source["q"].t().contiguous()[:, 0])
+def _flattened_copy(engine: Tensors, source: Mapping[str, torch.Tensor]) -> None:
+    before_a_row_ends = source["q"].shape[0] - 1
+    flat = source["q"].t().contiguous().view(-1)
+    engine["norm"].data.copy_(flat[before_a_row_ends : before_a_row_ends + engine["norm"].numel()])
 
 
 def _changed_after_copying(engine: Tensors, source: Mapping[str, torch.Tensor]) -> None:
@@ -208,7 +210,7 @@ def _written_by_out(engine: Tensors, source: Mapping[str, torch.Tensor]) -> None
         _negated,
         _sum_of_two,
         _concatenated,
-        _part_of_a_copy,
+        _flattened_copy,
         _changed_after_copying,
         _changed_copy,
         _changed_source,
@@ -231,3 +233,15 @@ def test_work_beside_the_parameters_is_carried_out_and_not_recorded() -> None:
     recorder = record(load, empty_engine(1, "meta"), checkpoint("meta"))
     assert [piece.source for piece in recorder.slices] == ["norm"]
     assert notes.tolist() == [5.0, 1.0, 1.0]
+
+
+def test_setting_a_view_to_a_number_is_a_fill_and_is_not_carried_out() -> None:
+    engine = empty_engine(1)
+
+    def load(engine: Tensors, source: Mapping[str, torch.Tensor]) -> None:
+        engine["repeated"].data[1] = 3
+
+    (fill,) = record(load, engine, checkpoint("meta")).fills
+    assert (fill.target, fill.target_region.offset, fill.target_region.shape) == ("repeated", HIDDEN, (HIDDEN,))
+    assert fill.value == 3.0
+    assert engine["repeated"].unique().tolist() == [7.0]

@@ -1,4 +1,4 @@
-"""The receiving end on a toy model: vLLM's own reload machinery, real tensors, a real publisher over gloo.
+"""The receiving end on a toy model: vLLM's own reload machinery and real tensors, pieces in any size and order.
 
 Importing vLLM takes some ten seconds; the model's two kinds of layers (written in place, and repacked by vLLM's
 reload) are what its CPU and CUDA layers come down to.
@@ -6,9 +6,10 @@ reload) are what its CPU and CUDA layers come down to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,16 +18,21 @@ from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 
-from shoal.errors import EngineRequestError, WeightProofError
-from shoal.types import UNPROVEN, ParameterMeta
+from shoal import vllm_compat
+from shoal.testing.loopback import LoopbackEngine
+from shoal.testing.ranks import ThreadRanks, on_ranks
+from shoal.types import Interval, ParameterMeta
 from shoal.vllm_plugin.recorder import PlanError, learn_plan
 from shoal.vllm_plugin.sink import ParameterSink
-from shoal.weights.link import EngineLink
+from shoal.weights.group import EngineAddress, PublishSettings
 from shoal.weights.publisher import WeightPublisher
+from shoal.wire.agreement import MODEL
 from shoal.wire.digest import digest
-from shoal.wire.plan import SlicePlan, dtype_name
+from shoal.wire.plan import Fill, Region, Slice, SlicePlan, dtype_name
+from shoal.wire.schedule import Message, assign, batches, messages
 
 VOCAB, PADDED, HIDDEN = 10, 12, 6
+CPU = torch.device("cpu")
 
 
 class Packing(QuantizeMethodBase):  # type: ignore[misc]
@@ -143,11 +149,32 @@ def freshly_loaded(tensors: Mapping[str, torch.Tensor], tp: int = 1, rank: int =
     return model
 
 
-def publish_into(model: ToyModel, plan: SlicePlan, tensors: Mapping[str, torch.Tensor]) -> list[int]:
-    sink = ParameterSink(model, plan)
+def pieces(plan: SlicePlan, tensors: Mapping[str, torch.Tensor], max_bytes: int = 1 << 20) -> list[Message]:
+    """Return what one rank that holds everything sends."""
+    metas = metadata(tensors)
+    ownership = assign(metas, [{meta.name: Interval(0, meta.num_elements) for meta in metas}])
+    return [m for parts in batches(metas, max_bytes) for part in parts for m in messages(plan, ownership, part)]
+
+
+def deliver(sink: ParameterSink, plan: SlicePlan, tensors: Mapping[str, torch.Tensor], sent: Sequence[Message]) -> None:
+    """Do what a worker does with pieces that arrive."""
+    for message in sent:
+        piece = plan.slices[message.slice_index]
+        room = sink.room(message)
+        assert room.is_contiguous() and room.shape == message.source.shape and dtype_name(room.dtype) == piece.dtype
+        room.copy_(message.source.view(tensors[piece.source]))
+        sink.place(message, room)
+        assert torch.equal(sink.held(message).view(torch.int32), room.view(torch.int32))
+        sink.settle(message)
+
+
+def publish_into(
+    model: ToyModel, plan: SlicePlan, tensors: Mapping[str, torch.Tensor], sent: Sequence[Message] | None = None
+) -> list[int]:
+    sink = ParameterSink(model, plan, CPU)
+    sink.begin()
     try:
-        for name, value in tensors.items():
-            sink.write(name, value)
+        deliver(sink, plan, tensors, pieces(plan, tensors) if sent is None else sent)
         return sink.finish()
     finally:
         sink.close()
@@ -197,14 +224,82 @@ def test_after_a_publish_the_model_computes_what_a_freshly_loaded_one_does_and_a
             assert not torch.equal(value, other)  # the control: each publish changed both outputs
 
 
-def test_parameters_may_arrive_in_any_order() -> None:
+@pytest.mark.parametrize("max_bytes", [4, 28, 1 << 20])
+@ranks
+def test_pieces_may_be_of_any_size_and_arrive_in_any_order(tp: int, rank: int, max_bytes: int) -> None:
     tensors = checkpoint(1)
-    model = started()
+    model = started(tp, rank)
     plan = learn_plan(model, metadata(tensors), worker="w")
-    backwards = dict(reversed(tensors.items()))
-    assert publish_into(model, plan, backwards) == expected_digests(plan, tensors)
+    sent = pieces(plan, tensors, max_bytes)
+    random.Random(max_bytes).shuffle(sent)
+    assert publish_into(model, plan, tensors, sent) == expected_digests(plan, tensors)
+    for value, wanted in zip(model(IDS), freshly_loaded(tensors, tp, rank)(IDS), strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_one_sink_serves_many_publishes() -> None:
+    model = started()
+    plan = learn_plan(model, metadata(checkpoint(0)), worker="w")
+    sink = ParameterSink(model, plan, CPU)
+    for seed in (1, 2, 3):
+        tensors = checkpoint(seed)
+        sink.begin()
+        deliver(sink, plan, tensors, pieces(plan, tensors))
+        assert sink.finish() == expected_digests(plan, tensors)
+        sink.close()
+        assert torch.equal(model(IDS)[1], freshly_loaded(tensors)(IDS)[1])
+
+
+def test_digests_that_nobody_wants_are_zero_and_the_weights_arrive_all_the_same() -> None:
+    model, tensors = started(), checkpoint(1)
+    plan = learn_plan(model, metadata(tensors), worker="w")
+    sink = ParameterSink(model, plan, CPU)
+    sink.begin(with_digests=False)
+    deliver(sink, plan, tensors, pieces(plan, tensors))
+    assert sink.finish() == [0] * len(plan.slices) != expected_digests(plan, tensors)
     for value, wanted in zip(model(IDS), freshly_loaded(tensors)(IDS), strict=True):
         assert torch.equal(value, wanted)
+
+
+def test_a_piece_arrives_in_its_own_place_where_that_is_contiguous_and_lies_still() -> None:
+    model, tensors = started(), checkpoint(1)
+    plan = learn_plan(model, metadata(tensors), worker="w")
+    sink = ParameterSink(model, plan, CPU)
+    sink.begin()
+    parameter = model.get_parameter("norm.weight")
+    for message in pieces(plan, tensors):
+        if plan.slices[message.slice_index].target == "norm.weight":
+            assert sink.room(message).data_ptr() == parameter.data_ptr()
+            columns = Region(offset=0, shape=(2,), strides=(2,))
+            assert sink.room(replace(message, target=columns)).data_ptr() != parameter.data_ptr()  # the control
+
+
+def test_a_plan_may_lead_to_tensors_that_are_no_parameters() -> None:
+    # As for an adapter: its factors lie in buffers beside the layers.
+    model, value = started(), torch.randn(2, 3)
+    buffers = {"norm.lora_a_stacked:0": torch.zeros(4, 5)}
+    piece = Slice(
+        source="a",
+        source_region=Region.of(value),
+        target="norm.lora_a_stacked:0",
+        target_region=Region.of(buffers["norm.lora_a_stacked:0"][1:3, 2:]),
+        dtype="float32",
+    )
+    plan = SlicePlan(worker="w", slices=(piece,), fills=(), reloaded=())
+    sink = ParameterSink(model, plan, CPU, buffers.__getitem__)
+    sink.begin()
+    deliver(sink, plan, {"a": value}, pieces(plan, {"a": value}, 8))
+    assert sink.finish() == [digest(value)]
+    assert torch.equal(buffers["norm.lora_a_stacked:0"][1:3, 2:], value)
+    assert buffers["norm.lora_a_stacked:0"].count_nonzero() == 6
+
+
+def test_a_parameter_of_another_type_than_the_plan_says_is_refused() -> None:
+    model, tensors = started(), checkpoint(1)
+    plan = learn_plan(model, metadata(tensors), worker="w")
+    model.norm.weight = nn.Parameter(model.norm.weight.data.half(), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"norm\.weight is torch\.float16, but the plan says float32"):
+        publish_into(model, plan, tensors)
 
 
 def test_the_padding_of_the_vocabulary_is_zero_after_a_publish() -> None:
@@ -214,6 +309,22 @@ def test_the_padding_of_the_vocabulary_is_zero_after_a_publish() -> None:
         model.embed.weight[VOCAB:] = 3.0
     publish_into(model, plan, checkpoint(1))
     assert model.embed.weight[VOCAB:].abs().max() == 0
+
+
+@pytest.mark.parametrize("layer", ["embed", "gate_up"])
+def test_a_layer_that_is_all_padding_is_filled_although_nothing_arrives_for_it(layer: str) -> None:
+    model, tensors = started(), checkpoint(1)
+    plan = learn_plan(model, metadata(tensors), worker="w")
+    shapes = {"embed.weight": (PADDED, HIDDEN), "gate_up.weight": (16, HIDDEN), "gate_up.bias": (16,)}
+    fills = tuple(
+        Fill(target=name, target_region=Region.of(torch.empty(shape, device="meta")), value=0.0)
+        for name, shape in shapes.items()
+        if name.startswith(layer)
+    )
+    slices = tuple(piece for piece in plan.slices if not piece.target.startswith(layer))
+    assert model.get_parameter(f"{layer}.weight").count_nonzero()
+    publish_into(model, replace(plan, slices=slices, fills=fills), tensors)
+    assert not model.get_parameter(f"{layer}.weight").count_nonzero()
 
 
 def test_buffers_survive_a_publish() -> None:
@@ -228,9 +339,9 @@ def test_one_element_corrupted_after_it_was_written_changes_the_digest_of_its_sl
     tensors = checkpoint(1)
     model = started()
     plan = learn_plan(model, metadata(tensors), worker="w")
-    sink = ParameterSink(model, plan)
-    for source, value in tensors.items():
-        sink.write(source, value)
+    sink = ParameterSink(model, plan, CPU)
+    sink.begin()
+    deliver(sink, plan, tensors, pieces(plan, tensors))
     model.get_parameter(name).data.view(torch.int32).view(-1)[4] ^= 1  # the last bit of one element
     differ = [
         piece.target
@@ -263,8 +374,10 @@ def test_a_publish_that_ends_early_is_an_error_and_leaves_the_repacked_layer_as_
     model = started()
     plan = learn_plan(model, metadata(checkpoint(1)), worker="engine-0 worker 0")
     before = model.gate_up.weight.clone()
-    sink = ParameterSink(model, plan)
-    sink.write("gate.weight", checkpoint(1)["gate.weight"])
+    sink = ParameterSink(model, plan, CPU)
+    sink.begin()
+    sent = pieces(plan, checkpoint(1))
+    deliver(sink, plan, checkpoint(1), [m for m in sent if plan.slices[m.slice_index].source == "gate.weight"])
     with pytest.raises(RuntimeError, match=r"engine-0 worker 0.*without weights for.*gate_up"):
         sink.finish()
     sink.close()
@@ -273,19 +386,22 @@ def test_a_publish_that_ends_early_is_an_error_and_leaves_the_repacked_layer_as_
     assert publish_into(model, plan, checkpoint(2)) == expected_digests(plan, checkpoint(2))
 
 
-def test_a_parameter_that_the_plan_does_not_know_is_left_alone() -> None:
-    tensors = checkpoint(1)
-    model = started()
-    plan = learn_plan(model, metadata(tensors), worker="w")
-    assert publish_into(model, plan, {"rotary.inv_freq": torch.zeros(3), **tensors}) == expected_digests(plan, tensors)
-
-
 @pytest.mark.parametrize("name", ["up.weight", "norm.weight", "gate.bias", "embed.weight"])
 def test_a_checkpoint_that_lacks_a_parameter_is_refused_naming_what_stays_empty(name: str) -> None:
     target = {"up.weight": "gate_up.weight", "gate.bias": "gate_up.bias"}.get(name, name)
     metas = [meta for meta in metadata(checkpoint(0)) if meta.name != name]
     with pytest.raises(PlanError, match=rf"engine-3 worker 1 has a parameter ({target}|head\.weight) "):
         learn_plan(started(), metas, worker="engine-3 worker 1")
+
+
+def test_a_loader_that_does_not_know_a_name_is_reported_as_a_plan_that_cannot_be_made() -> None:
+    class KnowsNamesOnly(ToyModel):
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            for name, _ in weights:
+                raise KeyError(name)
+
+    with pytest.raises(PlanError, match=r"engine-3 worker 1's loader .*KeyError: 'embed\.weight'.*checkpoint"):
+        learn_plan(KnowsNamesOnly(), metadata(checkpoint(0)), worker="engine-3 worker 1")
 
 
 def test_a_parameter_loaded_twice_does_not_make_up_for_one_that_is_missing() -> None:
@@ -307,106 +423,41 @@ def test_after_a_failure_to_plan_the_model_still_has_its_parameters() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model(IDS), before, strict=True))
 
 
-class ReceiverAsEngine:
-    """The control routes of an engine with two workers, each a real `ShoalWeightReceiver` in this process."""
-
-    def __init__(self, models: list[ToyModel]) -> None:
-        from vllm.config import ParallelConfig
-
-        from shoal.vllm_plugin.receiver import ShoalWeightReceiver
-
-        self.weight_version = -1
-        self.receivers = []
-        for rank, model in enumerate(models):
-            parallel = ParallelConfig()
-            parallel.world_size, parallel.rank = len(models), rank
-            config = SimpleNamespace(parallel_config=parallel, model_config=None)
-            self.receivers.append(ShoalWeightReceiver(None, config, torch.device("cpu"), model))
-        self.called: list[str] = []
-
-    @property
-    def name(self) -> str:
-        return "engine-0"
-
-    def post(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
-        from shoal.vllm_plugin.receiver import ShoalInitInfo
-
-        self.called.append(path)
-
-        def work(receiver: Any) -> None:
-            if path == "/init_weight_transfer_engine":
-                receiver.init_transfer_engine(ShoalInitInfo(**(body or {})["init_info"]))
-            elif path == "/start_weight_update":
-                receiver.start_weight_update()
-            elif path == "/update_weights":
-                receiver.update_weights((body or {})["update_info"])
-            elif path == "/finish_weight_update":
-                receiver.finish_weight_update()
-
-        with ThreadPoolExecutor(len(self.receivers)) as pool:
-            try:
-                list(pool.map(work, self.receivers))
-            except Exception as error:
-                raise EngineRequestError(f"{self.name} answered {path} with status 500: {error}") from error
-
-
-class DictSource:
-    """A `WeightSource` over a plain dict, which the test may change between publishes."""
-
-    def __init__(self, tensors_by_name: dict[str, torch.Tensor]) -> None:
-        self.now = tensors_by_name
-
-    def metadata(self) -> tuple[ParameterMeta, ...]:
-        return metadata(self.now)
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.now.items()
-
-
-def linked(models: list[ToyModel], source: DictSource) -> tuple[WeightPublisher, ReceiverAsEngine]:
-    engine = ReceiverAsEngine(models)
-    link = EngineLink(engine, num_workers=len(models), backend="gloo", host="127.0.0.1", timeout_s=20)
-    publisher = WeightPublisher(source, [link], 20)
-    publisher.connect()
-    return publisher, engine
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_real_publish_to_two_real_receivers_is_proven_and_computes_the_same(dtype: torch.dtype) -> None:
+def test_a_publish_to_two_workers_is_proven_and_they_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_compat, "worker_context", lambda worker: nullcontext())
     models = [started(2, 0), started(2, 1)]
-    source = DictSource(checkpoint(1, dtype))
-    publisher, engine = linked(models, source)
-    assert [plan.worker for plan in publisher.plans] == ["engine-0 worker 0", "engine-0 worker 1"]
-    for version in (1, 2):
-        source.now = checkpoint(version, dtype)
-        report = publisher.publish(version)
-        assert (report.version, report.num_workers, report.num_digests) == (version, 2, 12)
-        assert engine.weight_version == version
-        for rank, model in enumerate(models):
-            for value, wanted in zip(model(IDS), freshly_loaded(source.now, 2, rank)(IDS), strict=True):
-                assert torch.equal(value, wanted)
-    publisher.close()
+    engine = LoopbackEngine("engine-0", models)
 
+    class Everything:
+        def __init__(self) -> None:
+            self.now = checkpoint(1)
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_element_that_changes_in_a_workers_memory_fails_the_proof_naming_parameter_and_worker(
-    rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = [started(2, 0), started(2, 1)]
-    publisher, engine = linked(models, DictSource(checkpoint(1)))
-    publisher.publish(1)
-    written = ParameterSink.write
+        def metadata(self) -> tuple[ParameterMeta, ...]:
+            return metadata(self.now)
 
-    def write_then_break(sink: ParameterSink, name: str, value: torch.Tensor) -> None:
-        written(sink, name, value)
-        if name == "norm.weight" and sink._model is models[rank]:
-            models[rank].norm.weight.data.view(torch.int32)[2] ^= 1
+        def held(self) -> dict[str, Interval]:
+            return {name: Interval(0, value.numel()) for name, value in self.now.items()}
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ParameterSink, "write", write_then_break)
-        with pytest.raises(WeightProofError, match=rf"engine-0 worker {rank} .*norm\.weight.*version 2"):
-            publisher.publish(2)
-    assert engine.weight_version == UNPROVEN
-    assert engine.called[-1] == "/resume"
-    assert publisher.publish(3).version == 3  # the same engine, whole again
-    publisher.close()
+        def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield from ((name, value.flatten()) for name, value in self.now.items())
+
+    source = Everything()
+
+    def publish(ranks: ThreadRanks) -> None:
+        publisher = WeightPublisher(
+            {MODEL: source},
+            [EngineAddress(client=engine, num_workers=2, backend="gloo")],
+            ranks=ranks,
+            device=CPU,
+            settings=PublishSettings(host="127.0.0.1", timeout_s=20, batch_bytes=100),
+        )
+        publisher.connect()
+        for version in (1, 2):
+            source.now = checkpoint(version)
+            assert publisher.publish(version).num_digests == 12
+            for rank, model in enumerate(models):
+                for value, wanted in zip(model(IDS), freshly_loaded(source.now, 2, rank)(IDS), strict=True):
+                    assert torch.equal(value, wanted)
+        publisher.close()
+
+    assert on_ranks(1, publish) == [None]

@@ -1,136 +1,210 @@
-"""Shoal's receiving end of the weight transfer, in each vLLM worker.
-
-The trainer drives it over vLLM's own routes: `/init_weight_transfer_engine` once, then for each publish
-`/start_weight_update`, `/update_weights`, `/finish_weight_update`. Tensors come over a process group that this worker
-shares with the trainer; the slice plan and the digests go back through the store beside it.
-"""
+"""Shoal's receiving end of the weight transfer, in each vLLM worker. Tensors come straight from all trainer ranks."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from torch import nn
 
+from shoal import vllm_compat
+from shoal.protocols import Parcel, Pending, WeightTransport
 from shoal.types import ParameterMeta
+from shoal.vllm_plugin.adapter_plan import adapter_tensors, learn_adapter_plan
 from shoal.vllm_plugin.recorder import learn_plan
 from shoal.vllm_plugin.sink import ParameterSink
-from shoal.wire.plan import SlicePlan, dtype_from_name, metadata_from_json
-from shoal.wire.rendezvous import WIRE_KEY, Group, GroupBackend, digest_key, join_store, make_group, plan_key
+from shoal.wire.agreement import ADAPTER, Agreement, Cargo, Verify, device_identity, done_key, gave_up_key
+from shoal.wire.plan import SlicePlan, metadata_from_json
+from shoal.wire.rendezvous import join_store
+from shoal.wire.schedule import Message, assign, batches, messages
+from shoal.wire.transport import Backend, make_transport
 
 
-@dataclass
-class ShoalInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeetInfo:
     """What a worker needs to meet the trainer.
 
     Attributes:
         host: Address of the trainer's store.
         port: Its port.
         own_host: Address of this engine's host that the trainer can reach.
-        backend: `"nccl"` or `"gloo"`.
-        world_size: Members of the group: the trainer (rank 0) and this engine's workers.
+        backend: What carries tensors.
+        num_ranks: Trainer ranks; they come first in the group.
+        num_workers: Of this engine; they follow.
         timeout_s: For meeting and for each operation.
         engine: Name of the engine, for messages.
-        parameters: `[[name, dtype, shape], ...]`, all that the trainer has.
+        cargoes: For each kind of publish, `[[name, dtype, shape], ...]`: all that the trainer has of it.
     """
 
     host: str
     port: int
     own_host: str
-    backend: GroupBackend
-    world_size: int
+    backend: Backend
+    num_ranks: int
+    num_workers: int
     timeout_s: float
     engine: str
-    parameters: list[Any]
+    cargoes: dict[Cargo, list[Any]]
 
 
-@dataclass
-class ShoalUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiveInfo:
     """Which publish this is.
 
     Attributes:
-        version: Version of the weights.
-        attempt: Counts publishes, so that a repeated one does not read the digests of the one before.
+        attempt: Its number.
+        cargo: What is sent.
+        verify: `"full"`: send back what was received. `"off"`: no digests are wanted.
     """
 
-    version: int
     attempt: int
+    cargo: Cargo
+    verify: Verify
 
 
-class ShoalWeightReceiver(WeightTransferEngine[ShoalInitInfo, ShoalUpdateInfo]):  # type: ignore[misc]
-    """Receives full parameters by broadcast, keeps this worker's slices, and leaves digests of what it holds."""
+@dataclass(frozen=True, slots=True)
+class _Intake:
+    """Where one cargo goes.
 
-    init_info_cls = ShoalInitInfo
-    update_info_cls = ShoalUpdateInfo
+    Attributes:
+        parameters: All that the trainer has.
+        plan: This worker's.
+        sink: Takes the pieces.
+        batches: What arrives, batch by batch; empty until the trainer has said who sends what.
+        rooms: For batches that only ever go to where they stay, the places: views that are made once.
+    """
 
-    def init_transfer_engine(self, init_info: ShoalInitInfo) -> None:
-        """Learn the slice plan, hand it to the trainer, and join its group."""
-        self.shutdown()
-        parallel = self.parallel_config
-        self._rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._wire: tuple[ParameterMeta, ...] | None = None
-        self._plan: SlicePlan = learn_plan(
-            self.model,
-            metadata_from_json(init_info.parameters),
-            worker=f"{init_info.engine} worker {self._rank - 1}",
-        )
-        self._store = join_store(init_info.host, init_info.port, init_info.timeout_s)
-        self._store.set(plan_key(self._rank), self._plan.to_json())
-        self._group: Group | None = make_group(
+    parameters: tuple[ParameterMeta, ...]
+    plan: SlicePlan
+    sink: ParameterSink
+    batches: list[tuple[Message, ...]]
+    rooms: dict[int, list[torch.Tensor]]
+
+
+class WeightReceiver:
+    """One worker's line to one trainer: receives its slices, in place where possible, and digests what it holds.
+
+    Args:
+        model: The worker's part of the model.
+        device: Where that lies.
+        worker: Number of this worker within its engine.
+        info: How to meet the trainer.
+    """
+
+    def __init__(self, model: nn.Module, *, device: torch.device, worker: int, info: MeetInfo) -> None:
+        self._model = model
+        self._device = device
+        self._worker = worker
+        self._info = info
+        self._store = join_store(info.host, info.port, info.timeout_s)
+        self._intakes = {cargo: self._make_intake(cargo, items) for cargo, items in info.cargoes.items()}
+        self._transport: WeightTransport | None = None
+
+    def introduce(self) -> dict[str, Any]:
+        """Return what the trainer must know of this worker: its slice plans and its device."""
+        return {
+            "plans": {cargo: intake.plan.to_json() for cargo, intake in self._intakes.items()},
+            "device": device_identity(self._device),
+        }
+
+    def join(self, agreements: dict[Cargo, Agreement]) -> None:
+        """Join the group that brings what was agreed. Blocks until all members do."""
+        for cargo, agreement in agreements.items():
+            self._intakes[cargo].batches[:] = _schedule(self._intakes[cargo], agreement, self._worker)
+        info = self._info
+        self._transport = make_transport(
             self._store,
-            backend=init_info.backend,
-            host=init_info.own_host,
-            rank=self._rank,
-            size=init_info.world_size,
-            timeout_s=init_info.timeout_s,
+            backend=info.backend,
+            rank=info.num_ranks + self._worker,
+            num_trainers=info.num_ranks,
+            num_workers=info.num_workers,
+            host=info.own_host,
+            device=self._device,
+            timeout_s=info.timeout_s,
         )
 
-    def start_weight_update(self) -> None:
-        """Do nothing: each update is whole, and leaves no state behind when it fails."""
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive one whole set of weights. (The base class's version synchronises an accelerator; a CPU is none.)"""
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: ShoalUpdateInfo) -> None:
-        """Receive every parameter in turn and leave the digests for the trainer."""
-        sink = ParameterSink(self.model, self._plan)
+    def receive(self, info: ReceiveInfo) -> list[int]:
+        """Receive one whole cargo; return a digest of each slice of its plan, of what then lies in its place."""
+        transport = self._transport
+        if transport is None:
+            raise RuntimeError("this worker has not joined a weight group")
+        intake = self._intakes[info.cargo]
+        self._synchronize()  # a step that is still under way reads the former weights
+        intake.sink.begin(with_digests=info.verify != "off")
         try:
-            for name, value in self._arriving():
-                sink.write(name, value)
-            digests = sink.finish()
+            self._take_all(transport, intake, sends_back=info.verify == "full")
+            transport.finish(self._info.timeout_s)
+            digests = intake.sink.finish()
+        except Exception:
+            with suppress(dist.DistError):  # the trainer may be what has failed
+                self._store.set(gave_up_key(self._worker), str(info.attempt))
+            raise
         finally:
-            sink.close()
-        self._store.set(digest_key(update_info.version, update_info.attempt, self._rank), json.dumps(digests))
+            intake.sink.close()
+        self._synchronize()
+        self._store.set(done_key(self._worker), str(info.attempt))
+        return digests
 
-    def finish_weight_update(self) -> None:
-        """Do nothing: `receive_weights` returns when the weights are in place."""
-
-    def shutdown(self) -> None:
+    def close(self) -> None:
         """Leave the group."""
-        self._group = None
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()
+
+    def _make_intake(self, cargo: Cargo, items: list[Any]) -> _Intake:
+        parameters = metadata_from_json(items)
+        name = f"{self._info.engine} worker {self._worker}"
+        if cargo == ADAPTER:
+            plan = learn_adapter_plan(self._model, parameters, worker=name)
+            resolve = adapter_tensors(self._model).__getitem__
+            return _Intake(parameters, plan, ParameterSink(self._model, plan, self._device, resolve), [], {})
+        with vllm_compat.without_adapters(self._model):
+            plan = learn_plan(self._model, parameters, worker=name)
+            return _Intake(parameters, plan, ParameterSink(self._model, plan, self._device), [], {})
+
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
 
     @staticmethod
-    def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
-        """Refuse: vLLM 0.26 declares this abstract; Shoal sends with `shoal.weights`."""
-        raise NotImplementedError("Shoal sends weights with shoal.weights, not through vLLM's trainer side")
+    def _take_all(transport: WeightTransport, intake: _Intake, *, sends_back: bool) -> None:
+        """Receive batch n+1 while batch n is put in its place."""
+        sink = intake.sink
+        before: tuple[int, tuple[Message, ...], list[torch.Tensor], Pending] | None = None
 
-    def _arriving(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self._group is None:
-            raise RuntimeError("/init_weight_transfer_engine has not been called")
-        if self._wire is None:
-            self._wire = metadata_from_json(json.loads(self._store.get(WIRE_KEY)))
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        for meta in self._wire:
-            value = torch.empty(meta.shape, dtype=dtype_from_name(meta.dtype), device=self.device)
-            self._group.broadcast([value], options).wait()
-            yield meta.name, value
+        def settle(number: int, batch: tuple[Message, ...], rooms: list[torch.Tensor], pending: Pending) -> None:
+            pending.wait()
+            if rooms is not intake.rooms.get(number):
+                for message, room in zip(batch, rooms, strict=True):
+                    sink.place(message, room)
+            if sends_back:
+                transport.send([Parcel(sink.held(message), message.rank) for message in batch]).wait()
+            for message in batch:
+                sink.settle(message)
+
+        for number, batch in enumerate(intake.batches):
+            rooms = intake.rooms.get(number)
+            if rooms is None:
+                rooms = [sink.room(message) for message in batch]
+                if all(sink.stays(message, room) for message, room in zip(batch, rooms, strict=True)):
+                    intake.rooms[number] = rooms
+            parcels = [Parcel(room, message.rank) for message, room in zip(batch, rooms, strict=True)]
+            pending = transport.receive(parcels)
+            if before is not None:
+                settle(*before)
+            before = (number, batch, rooms, pending)
+        if before is not None:
+            settle(*before)
+
+
+def _schedule(intake: _Intake, agreement: Agreement, worker: int) -> list[tuple[Message, ...]]:
+    """Work out what arrives at this worker. All sides go through the same batches, also those with nothing for it."""
+    wanted = [meta for meta in intake.parameters if meta.name in agreement.wanted]
+    ownership = assign(intake.parameters, agreement.holdings, agreement.preferred[worker])
+    return [
+        tuple(message for part in parts for message in messages(intake.plan, ownership, part))
+        for parts in batches(wanted, agreement.batch_bytes)
+    ]

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal import vllm_compat
 from shoal.types import ParameterMeta
 from shoal.wire.plan import Fill, Region, Slice, SlicePlan, dtype_from_name, dtype_name
+from shoal.wire.recorder import OriginRecorder, storage_key, written
 
 _aten = torch.ops.aten
-_FILLS = (_aten.fill_.Scalar, _aten.zero_.default)
-_COPIES = (_aten.clone.default, _aten._to_copy.default)
+_FILLS = (_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default)  # `view[0] = 0` is a `fill_.Tensor`
 
 
 class PlanError(RuntimeError):
@@ -38,7 +37,8 @@ def learn_plan(model: nn.Module, parameters: Sequence[ParameterMeta], worker: st
         worker: Name for messages.
 
     Raises:
-        PlanError: A copy cannot be expressed as slices, or a parameter of the engine is left without a source.
+        PlanError: The loader refuses the parameters, a copy cannot be expressed as slices, or a parameter of the
+            engine is left without a source.
     """
     sources = {
         meta.name: torch.empty(meta.shape, dtype=dtype_from_name(meta.dtype), device="meta") for meta in parameters
@@ -47,9 +47,9 @@ def learn_plan(model: nn.Module, parameters: Sequence[ParameterMeta], worker: st
     aliases = _alias_groups(model)
     with vllm_compat.loading_layout(model):
         targets = dict(_named_tensors(model))
-        recorder = _Recorder(sources, targets)
+        recorder = Recorder(sources, targets)
         with recorder:
-            vllm_compat.load_weights(model, list(sources.items()))
+            _replay(model, sources, worker)
         plan = SlicePlan(
             worker=worker, slices=tuple(recorder.slices), fills=tuple(recorder.fills), reloaded=tuple(reloaded)
         )
@@ -57,54 +57,45 @@ def learn_plan(model: nn.Module, parameters: Sequence[ParameterMeta], worker: st
     return plan
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+def _replay(model: nn.Module, sources: Mapping[str, torch.Tensor], worker: str) -> None:
+    try:
+        vllm_compat.load_weights(model, list(sources.items()))
+    except PlanError:
+        raise
+    except Exception as error:  # loaders raise what they like: KeyError for a name, AssertionError for a shape
+        raise PlanError(
+            f"{worker}'s loader does not take the trainer's parameters ({type(error).__name__}: {error}). The trainer "
+            "must send them under the names and in the shapes of a checkpoint of this model."
+        ) from error
+
+
+class Recorder(OriginRecorder):  # type: ignore[no-untyped-call]
     """Writes down copies from sources into targets, and carries out nothing that would change a target."""
 
     def __init__(self, sources: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(sources)
         self.slices: list[Slice] = []
         self.fills: list[Fill] = []
-        self._sources = {_storage(tensor): name for name, tensor in sources.items()}
-        self._targets = {_storage(tensor): name for name, tensor in targets.items()}
-        # Whole copies of a source view (a cast, a `contiguous()`): the view they came from and their own geometry.
-        self._copies: dict[int, tuple[str, Region, Region]] = {}
-        self._keep: list[torch.Tensor] = []  # a freed storage's address could be used again
+        self._targets = {storage_key(tensor): name for name, tensor in targets.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is _aten.copy_.default and (target := self._targets.get(_storage(args[0]))) is not None:
+        if func is _aten.copy_.default and (target := self._targets.get(storage_key(args[0]))) is not None:
             self._record_copy(target, args[0], args[1])
             return args[0]
-        if func in _FILLS and (target := self._targets.get(_storage(args[0]))) is not None:
+        if func in _FILLS and (target := self._targets.get(storage_key(args[0]))) is not None:
             value = float(args[1]) if len(args) > 1 else 0.0
             self.fills.append(Fill(target=target, target_region=Region.of(args[0]), value=value))
             return args[0]
-        if func._schema.is_mutable:
-            self._note_changes(func, args, kwargs)
-        result = func(*args, **kwargs)
-        if func in _COPIES and (origin := self._origin(args[0])) is not None:
-            self._copies[_storage(result)] = (*origin, Region.of(result))
-            self._keep.append(result)
-        return result
-
-    def _note_changes(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Refuse any other change of a target; forget what a changed source or copy used to hold."""
-        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        for argument in func._schema.arguments:
-            value = given.get(argument.name)
-            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, torch.Tensor):
-                continue
-            key = _storage(value)
-            if (target := self._targets.get(key)) is not None:
+        for changed in written(func, args, kwargs or {}):
+            if (target := self._targets.get(storage_key(changed))) is not None:
                 raise PlanError(
                     f"the loader changes {target} in place with {func} instead of copying into it; such a parameter "
                     "cannot be sent slice by slice"
                 )
-            self._sources.pop(key, None)
-            self._copies.pop(key, None)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _record_copy(self, target: str, into: torch.Tensor, value: torch.Tensor) -> None:
-        origin = self._origin(value.expand(into.shape) if value.shape != into.shape else value)
+        origin = self.origin(value.expand(into.shape) if value.shape != into.shape else value)
         if origin is None:
             raise PlanError(
                 f"the loader computes the value of {target} {tuple(into.shape)} instead of copying it from the "
@@ -120,22 +111,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 dtype=dtype_name(into.dtype),
             )
         )
-
-    def _origin(self, value: torch.Tensor) -> tuple[str, Region] | None:
-        """Return the source parameter and the region of it that `value` shows."""
-        key = _storage(value)
-        if (name := self._sources.get(key)) is not None:
-            return name, Region.of(value)
-        if key in self._copies:
-            name, region, geometry = self._copies[key]
-            # Only the copy as a whole is understood, not a view of it.
-            if Region.of(value) == geometry:
-                return name, region
-        return None
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

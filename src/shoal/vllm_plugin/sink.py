@@ -1,16 +1,17 @@
-"""Write arriving checkpoint parameters into a worker's model, following its slice plan, and digest what it holds."""
+"""Where arriving pieces go: into a worker's own parameters, following its slice plan; and what it then holds."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from shoal import vllm_compat
-from shoal.wire.digest import digest
-from shoal.wire.plan import Slice, SlicePlan, dtype_name
+from shoal.wire.digest import DigestPlan, Run, digests, unsigned
+from shoal.wire.plan import SlicePlan, dtype_name
+from shoal.wire.schedule import Message
 
 
 @dataclass(slots=True)
@@ -21,56 +22,114 @@ class _Layer:
     is_reloaded: bool
     slices: list[int] = field(default_factory=list)
     fills: list[int] = field(default_factory=list)
+    num_elements: int = 0
     num_missing: int = 0
     is_open: bool = False
 
 
 class ParameterSink:
-    """Takes full checkpoint parameters in any order; at most the layers under way are held twice.
+    """Takes pieces of slices in any order. Of a layer that must be held twice, only those under way are.
 
     A layer that keeps its layout is written where it lies and digested at the end. A layer whose layout vLLM changes
     gets fresh parameters, is digested once they are complete, and is then processed by vLLM into its former storage:
     what its kernels hold afterwards cannot be read back (on CPUs the weight is packed and dropped).
 
-    Use once per publish, and call `close` in `finally`.
+    For each publish: `begin`; for each piece `room`, then `place` once it is there; `finish`. `close` in `finally`.
+
+    Args:
+        model: The worker's.
+        plan: The worker's.
+        device: Where its parameters lie.
+        resolve: Gives the tensor that a target of the plan names; None where targets are the model's own parameters.
+            What comes before the last dot of a target's name is a module of the model in any case.
     """
 
-    def __init__(self, model: nn.Module, plan: SlicePlan) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: SlicePlan,
+        device: torch.device,
+        resolve: Callable[[str], torch.Tensor] | None = None,
+    ) -> None:
         self._plan = plan
-        self._digests: dict[int, int] = {}
+        self._device = device
+        self._resolve = resolve or self._parameter
         self._layers = _group_by_layer(model, plan)
+        self._tied = _tied_copies(model, self._layers)
+        self._digests = torch.zeros(len(plan.slices), dtype=torch.int64, device=device)
+        # What lies in place lies still: its digests are planned once.
+        self._in_place: DigestPlan | None = None
+        self._wants_digests = True
+
+    def begin(self, *, with_digests: bool = True) -> None:
+        """Expect every slice of the plan.
+
+        Args:
+            with_digests: Or else, that nobody wants them: `finish` returns zeros.
+        """
+        self.close()
+        self._wants_digests = with_digests
+        self._digests.zero_()
         for layer in self._layers.values():
-            layer.num_missing = len(layer.slices)
+            layer.num_missing = layer.num_elements
 
     @torch.no_grad()
-    def write(self, name: str, value: torch.Tensor) -> None:
-        """Write every slice that comes from checkpoint parameter `name`; `value` is the full tensor, contiguous."""
-        for index in self._plan.by_source.get(name, ()):
-            piece = self._plan.slices[index]
-            layer = self._layers[_split(piece.target)[0]]
-            if layer.is_reloaded and not layer.is_open:
-                vllm_compat.open_for_loading(layer.module)
-                layer.is_open = True
-            self._target(piece.target, piece).copy_(piece.source_region.view(value))
-            layer.num_missing -= 1
-            if layer.num_missing == 0:
-                self._complete(layer)
+    def room(self, message: Message) -> torch.Tensor:
+        """Return a contiguous tensor that the piece is to arrive in: its own place where that is contiguous."""
+        piece = self._plan.slices[message.slice_index]
+        self._open(self._layer(piece.target))
+        parameter = self._resolve(piece.target)
+        if dtype_name(parameter.dtype) != piece.dtype:
+            raise RuntimeError(f"{piece.target} is {parameter.dtype}, but the plan says {piece.dtype}")
+        place = message.target.view(parameter)
+        return place if place.is_contiguous() else torch.empty(place.shape, dtype=place.dtype, device=self._device)
 
+    def stays(self, message: Message, room: torch.Tensor) -> bool:
+        """Whether `room` returns the same tensor for this piece in every publish."""
+        target = self._plan.slices[message.slice_index].target
+        place = message.target.view(self._resolve(target))
+        return not self._layer(target).is_reloaded and place.data_ptr() == room.data_ptr()
+
+    @torch.no_grad()
+    def place(self, message: Message, value: torch.Tensor) -> None:
+        """Take a piece that has arrived in what `room` returned."""
+        place = message.target.view(self._resolve(self._plan.slices[message.slice_index].target))
+        if place.data_ptr() != value.data_ptr():
+            place.copy_(value)
+
+    def held(self, message: Message) -> torch.Tensor:
+        """Return what lies where the piece was put, contiguous."""
+        return message.target.view(self._resolve(self._plan.slices[message.slice_index].target)).contiguous()
+
+    @torch.no_grad()
+    def settle(self, message: Message) -> None:
+        """Count a piece that was placed; a reloaded layer that is complete is digested and processed."""
+        layer = self._layer(self._plan.slices[message.slice_index].target)
+        layer.num_missing -= message.source.num_elements
+        if layer.num_missing == 0:
+            self._complete(layer)
+
+    @torch.no_grad()
     def finish(self) -> list[int]:
         """Return one digest for each slice of the plan, in its order, of what this worker now holds.
 
         Raises:
             RuntimeError: Not every parameter of the plan was written.
         """
-        missing = [prefix for prefix, layer in self._layers.items() if layer.num_missing]
-        if missing:
+        if missing := [prefix for prefix, layer in self._layers.items() if layer.num_missing]:
             raise RuntimeError(f"{self._plan.worker}: the publish ended without weights for {missing[:5]}")
         for layer in self._layers.values():
-            if not layer.is_reloaded:
-                self._digest(layer)
-        self._repack_tied()
-        return [self._digests[index] for index in range(len(self._plan.slices))]
+            if layer.num_elements == 0:  # nothing but padding, such as the last part of a vocabulary
+                self._open(layer)
+                self._complete(layer)
+        if self._wants_digests:
+            if self._in_place is None:
+                layers = [layer for layer in self._layers.values() if not layer.is_reloaded]
+                self._in_place = DigestPlan(self._runs(layers), len(self._plan.slices), self._device)
+            self._digests += self._in_place.compute()
+        for module in self._tied:
+            vllm_compat.process_again(module)
+        return unsigned(self._digests)
 
     def close(self) -> None:
         """Give layers that are still open their former parameters back. Harmless after `finish`."""
@@ -79,43 +138,36 @@ class ParameterSink:
                 vllm_compat.abandon(layer.module)
                 layer.is_open = False
 
+    @staticmethod
+    def _open(layer: _Layer) -> None:
+        if layer.is_reloaded and not layer.is_open:
+            vllm_compat.open_for_loading(layer.module)
+            layer.is_open = True
+
     def _complete(self, layer: _Layer) -> None:
         for index in layer.fills:
             fill = self._plan.fills[index]
-            fill.target_region.view(self._parameter(fill.target)).fill_(fill.value)
+            fill.target_region.view(self._resolve(fill.target)).fill_(fill.value)
         if layer.is_reloaded:
-            self._digest(layer)
+            if self._wants_digests:
+                self._digests += digests(self._runs([layer]), len(self._plan.slices), self._device)
             vllm_compat.process_and_close(layer.module)
             layer.is_open = False
 
-    def _digest(self, layer: _Layer) -> None:
-        for index in layer.slices:
-            piece = self._plan.slices[index]
-            self._digests[index] = digest(self._target(piece.target, piece))
+    def _runs(self, layers: Iterable[_Layer]) -> list[Run]:
+        return [
+            Run(piece.target_region.view(self._resolve(piece.target)), 0, index)
+            for layer in layers
+            for index in layer.slices
+            for piece in [self._plan.slices[index]]
+        ]
 
-    def _repack_tied(self) -> None:
-        """Repack layers that share a parameter with a written one: a tied `lm_head` keeps its own packed copy."""
-        written = {
-            id(value)
-            for layer in self._layers.values()
-            for value in vllm_compat.layer_parameters(layer.module).values()
-        }
-        targets = {id(layer.module) for layer in self._layers.values()}
-        for module in self._model.modules():
-            if id(module) in targets or vllm_compat.keeps_layout(module):
-                continue
-            if any(id(value) in written for value in vllm_compat.layer_parameters(module).values()):
-                vllm_compat.process_again(module)
+    def _layer(self, target: str) -> _Layer:
+        return self._layers[_split(target)[0]]
 
-    def _target(self, name: str, piece: Slice) -> torch.Tensor:
-        parameter = self._parameter(name)
-        if dtype_name(parameter.dtype) != piece.dtype:
-            raise RuntimeError(f"{name} is {parameter.dtype}, but the plan says {piece.dtype}")
-        return piece.target_region.view(parameter)
-
-    def _parameter(self, name: str) -> torch.Tensor:
-        prefix, local = _split(name)
-        value = getattr(self._layers[prefix].module, local)
+    def _parameter(self, target: str) -> torch.Tensor:
+        # Asked for anew each time: a layer that is being loaded has other parameters for a while.
+        value = getattr(self._layer(target).module, _split(target)[1])
         assert isinstance(value, torch.Tensor)
         return value.data
 
@@ -128,17 +180,30 @@ def _split(name: str) -> tuple[str, str]:
 def _group_by_layer(model: nn.Module, plan: SlicePlan) -> dict[str, _Layer]:
     reloaded = {_split(name)[0] for name in plan.reloaded}
     layers: dict[str, _Layer] = {}
-    slices: dict[str, list[int]] = defaultdict(list)
-    fills: dict[str, list[int]] = defaultdict(list)
+
+    def layer_of(target: str) -> _Layer:
+        prefix = _split(target)[0]
+        if prefix not in layers:
+            layers[prefix] = _Layer(module=model.get_submodule(prefix), is_reloaded=prefix in reloaded)
+        return layers[prefix]
+
     for index, piece in enumerate(plan.slices):
-        slices[_split(piece.target)[0]].append(index)
+        layer = layer_of(piece.target)
+        layer.slices.append(index)
+        layer.num_elements += piece.source_region.num_elements
     for index, fill in enumerate(plan.fills):
-        fills[_split(fill.target)[0]].append(index)
-    for prefix in slices:
-        layers[prefix] = _Layer(
-            module=model.get_submodule(prefix),
-            is_reloaded=prefix in reloaded,
-            slices=slices[prefix],
-            fills=fills[prefix],
-        )
+        layer_of(fill.target).fills.append(index)
     return layers
+
+
+def _tied_copies(model: nn.Module, layers: Mapping[str, _Layer]) -> list[nn.Module]:
+    """List layers that share a parameter with a written one: a tied `lm_head` keeps its own packed copy."""
+    written = {id(value) for layer in layers.values() for value in vllm_compat.layer_parameters(layer.module).values()}
+    targets = {id(layer.module) for layer in layers.values()}
+    return [
+        module
+        for module in model.modules()
+        if id(module) not in targets
+        and not vllm_compat.keeps_layout(module)
+        and any(id(value) in written for value in vllm_compat.layer_parameters(module).values())
+    ]
