@@ -1,198 +1,87 @@
-"""The publisher against an engine that speaks the real protocol: HTTP for control, the real store and group over gloo.
+"""The publisher on every trainer rank, against engines that differ from real ones in vLLM and HTTP alone.
 
-What is made up is vLLM: each worker here holds plain tensors and follows a small plan of its own.
+Ranks are threads, workers are threads with plain modules; plans, stores, Gloo and digests are real.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from torch import nn
 
-from shoal.engines.client import EngineClient
 from shoal.errors import WeightProofError, WeightSyncError
-from shoal.types import UNPROVEN, ParameterMeta
-from shoal.weights.link import AbandonableCall, EngineLink
-from shoal.weights.publisher import WeightPublisher, wire_metadata
-from shoal.wire.digest import digest
-from shoal.wire.plan import Region, Slice, SlicePlan, dtype_from_name, dtype_name, metadata_from_json
-from shoal.wire.rendezvous import WIRE_KEY, digest_key, join_store, make_group, plan_key
+from shoal.testing.loopback import LoopbackEngine, LoopbackWorker
+from shoal.testing.ranks import ThreadRanks, on_ranks
+from shoal.types import UNPROVEN, Interval, ParameterMeta, PublishReport
+from shoal.vllm_plugin import receiver as receiver_module
+from shoal.vllm_plugin.sink import ParameterSink
+from shoal.weights import meeting as meeting_module
+from shoal.weights.group import EngineAddress, PublishSettings
+from shoal.weights.publisher import WeightPublisher
+from shoal.wire.agreement import ADAPTER, MODEL, Cargo, Verify
+from shoal.wire.plan import Region, Slice, SlicePlan, dtype_name
+
+pytestmark = pytest.mark.usefixtures("plain_modules")
 
 HOST = "127.0.0.1"
-LIFECYCLE = [
-    "/pause",
-    "/start_weight_update",
-    "/update_weights",
-    "/finish_weight_update",
-    "/reset_prefix_cache",
-    "/resume",
-]
+SHAPES = {"q": (8, 6), "k": (8, 6), "down": (6, 8), "unused": (50,), "norm": (6,)}
+Tensors = Mapping[str, torch.Tensor]
 
 
-def whole(*shape: int) -> Region:
-    return Region.of(torch.empty(shape, device="meta"))
+def checkpoint(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def piece(source: str, region: Region, target: str, into: Region, dtype: str = "float32") -> Slice:
-    return Slice(source=source, source_region=region, target=target, target_region=into, dtype=dtype)
+class Layer(nn.Module):
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
 
 
-def rows(start: int, count: int, width: int) -> Region:
-    return Region(offset=start * width, shape=(count, width), strides=(width, 1))
+class Shard(nn.Module):
+    """One worker's part: q and k stacked and cut by rows, `down` cut by columns, `norm` whole and in bfloat16."""
 
+    def __init__(self, rank: int = 0, tp: int = 1) -> None:
+        super().__init__()
+        self.rank, self.tp = rank, tp
+        self.qk = Layer(16 // tp, 6)
+        self.down = Layer(6, 8 // tp)
+        self.norm = Layer(6, dtype=torch.bfloat16)
 
-def plan_of(engine: str, rank: int, num_workers: int) -> SlicePlan:
-    """Shard `a` and `b` by rows into one stacked parameter; keep `c` in bfloat16 and whole. Nobody wants `unused`."""
-    size = 4 // num_workers
-    return SlicePlan(
-        worker=f"{engine} worker {rank}",
-        slices=(
-            piece("a", rows(rank * size, size, 5), "stacked", rows(0, size, 5)),
-            piece("b", rows(rank * size, size, 5), "stacked", rows(size, size, 5)),
-            piece("c", whole(7), "c", whole(7), "bfloat16"),
-        ),
-        fills=(),
-        reloaded=(),
-    )
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        size = 8 // self.tp
+        for name, value in weights:
+            if name in ("q", "k"):
+                into = self.qk.weight.data.narrow(0, size * ("q", "k").index(name), size)
+                into.copy_(value.narrow(0, self.rank * size, size))
+            elif name == "down":
+                self.down.weight.data.copy_(value.narrow(1, self.rank * size, size))
+            elif name == "norm":
+                self.norm.weight.data.copy_(value)
 
-
-class Worker:
-    """Holds real tensors, joins the real store and group, receives, writes its slices and digests them."""
-
-    def __init__(self, engine: str, rank: int, num_workers: int) -> None:
-        self.rank = rank
-        self.plan = plan_of(engine, rank, num_workers)
-        self.held = {"stacked": torch.zeros(8 // num_workers, 5), "c": torch.zeros(7, dtype=torch.bfloat16)}
-        self.received: list[str] = []
-        self.after_writing: Callable[[Worker], None] = lambda worker: None
-        self.store: Any = None
-        self.group: Any = None
-
-    def join(self, info: dict[str, Any]) -> None:
-        self.store = join_store(info["host"], info["port"], info["timeout_s"])
-        self.store.set(plan_key(1 + self.rank), self.plan.to_json())
-        self.group = make_group(
-            self.store,
-            backend=info["backend"],
-            host=info["own_host"],
-            rank=1 + self.rank,
-            size=info["world_size"],
-            timeout_s=info["timeout_s"],
-        )
-
-    def receive(self, version: int, attempt: int) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        self.received = []
-        for meta in metadata_from_json(json.loads(self.store.get(WIRE_KEY))):
-            value = torch.empty(meta.shape, dtype=dtype_from_name(meta.dtype))
-            self.group.broadcast([value], options).wait()
-            self.received.append(meta.name)
-            for index in self.plan.by_source.get(meta.name, ()):
-                part = self.plan.slices[index]
-                part.target_region.view(self.held[part.target]).copy_(part.source_region.view(value))
-        self.after_writing(self)
-        digests = [digest(part.target_region.view(self.held[part.target])) for part in self.plan.slices]
-        self.store.set(digest_key(version, attempt, 1 + self.rank), json.dumps(digests))
-
-
-class Engine:
-    """An HTTP server with a vLLM server's control routes, in front of some workers."""
-
-    def __init__(self, name: str, num_workers: int) -> None:
-        self.name = name
-        self.workers = [Worker(name, rank, num_workers) for rank in range(num_workers)]
-        self.called: list[str] = []
-        self.answers_500: set[str] = set()
-        self.answers: dict[str, dict[str, Any]] = {}
-        self.stalls_at: set[str] = set()
-        self.released = threading.Event()
-        engine = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                size = int(self.headers.get("Content-Length") or 0)
-                body = json.loads(self.rfile.read(size) or b"{}")
-                path = self.path.split("?")[0]
-                engine.called.append(path)
-                status = 200
-                try:
-                    engine.serve(path, body or {})
-                except Exception as error:
-                    status, answer = 500, {"error": str(error)}
-                else:
-                    answer = engine.answers.get(path, {})
-                octets = json.dumps(answer).encode()
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(octets)))
-                    self.end_headers()
-                    self.wfile.write(octets)
-                except BrokenPipeError:
-                    return  # the trainer gave up waiting
-
-            def log_message(self, *args: Any) -> None: ...
-
-        self.server = ThreadingHTTPServer((HOST, 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def serve(self, path: str, body: dict[str, Any]) -> None:
-        if path in self.stalls_at:
-            self.released.wait(30)
-        if path in self.answers_500:
-            raise RuntimeError("told to fail")
-        if path == "/init_weight_transfer_engine":
-            self.on_each(lambda worker: worker.join(body["init_info"]))
-        elif path == "/update_weights":
-            self.on_each(lambda worker: worker.receive(**body["update_info"]))
-
-    def on_each(self, action: Callable[[Worker], None]) -> None:
-        calls = [AbandonableCall(partial(action, worker)) for worker in self.workers]
-        for call in calls:
-            call.result(30, "a worker")
-
-    def link(self, timeout_s: float) -> EngineLink:
-        client = EngineClient(
-            name=self.name,
-            url=f"http://{HOST}:{self.server.server_port}",
-            api_key="key",
-            log_path=None,
-            request_timeout_s=10,
-        )
-        return EngineLink(client, num_workers=len(self.workers), backend="gloo", host=HOST, timeout_s=timeout_s)
-
-    def close(self) -> None:
-        self.released.set()
-        self.server.shutdown()
-        self.server.server_close()
+    def holds(self, tensors: Tensors) -> bool:
+        wanted = Shard(self.rank, self.tp)
+        wanted.load_weights(tensors.items())
+        mine = dict(self.named_parameters())
+        return all(torch.equal(mine[name], value) for name, value in wanted.named_parameters())
 
 
 class Source:
-    """Plain tensors under the names of a checkpoint."""
+    """One rank's part of a checkpoint that the test may change between publishes."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self.change(seed)
-
-    def change(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        # `a` and `b` lie inside one flat buffer, as an optimizer that flattens its parameters leaves them.
-        flat = torch.randn(3 + 40, generator=generator)
-        self.now = {
-            "a": flat[3:23].view(4, 5),
-            "unused": torch.randn(100, generator=generator),
-            "b": flat[23:43].view(4, 5),
-            "c": torch.randn(7, generator=generator),
-        }
+    def __init__(self, now: Tensors, part: int = 0, num_parts: int = 1) -> None:
+        self.now = now
+        self._part, self._num_parts = part, num_parts
+        self.fails: Callable[[], None] = lambda: None
 
     def metadata(self) -> tuple[ParameterMeta, ...]:
         return tuple(
@@ -200,263 +89,479 @@ class Source:
             for name, value in self.now.items()
         )
 
+    def held(self) -> dict[str, Interval]:
+        """Rows, as FSDP2 cuts them."""
+        runs = {}
+        for name, value in self.now.items():
+            row = value[0].numel()
+            size = -(-len(value) // self._num_parts)
+            start, stop = (min(len(value), size * (self._part + i)) * row for i in (0, 1))
+            if start < stop:
+                runs[name] = Interval(start, stop)
+        return runs
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.now.items()
+        held = self.held()
+        for name, value in self.now.items():
+            run = held.get(name, Interval(0, 0))
+            yield name, value.flatten()[run.start : run.stop]
+            self.fails()
 
 
-@pytest.fixture
-def engines() -> Iterator[list[Engine]]:
-    both = [Engine("engine-0", num_workers=1), Engine("engine-1", num_workers=2)]
-    yield both
-    for engine in both:
-        engine.close()
+@dataclass
+class Site:
+    """Engines, and one publisher of each rank."""
+
+    engines: list[LoopbackEngine]
+    num_ranks: int = 1
+    is_sharded: bool = False
+    verify: Verify = "digest"
+    timeout_s: float = 10.0
+    batch_bytes: int = 100
+    publishers: list[WeightPublisher] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+
+    def connect(self) -> None:
+        for publisher in self.publishers:
+            publisher.close()
+        parts = self.num_ranks if self.is_sharded else 1
+        self.sources = [Source(checkpoint(0), rank % parts, parts) for rank in range(self.num_ranks)]
+        addresses = [EngineAddress(client=e, num_workers=len(e.workers), backend="gloo") for e in self.engines]
+
+        def make(ranks: ThreadRanks) -> WeightPublisher:
+            publisher = WeightPublisher(
+                {MODEL: self.sources[ranks.rank]},
+                addresses if ranks.rank == 0 else (),
+                ranks=ranks,
+                device=torch.device("cpu"),
+                settings=PublishSettings(
+                    host=HOST, timeout_s=self.timeout_s, verify=self.verify, batch_bytes=self.batch_bytes
+                ),
+            )
+            publisher.connect()
+            return publisher
+
+        self.publishers = [unwrap(outcome) for outcome in on_ranks(self.num_ranks, make)]
+
+    def outcomes(self, version: int) -> list[PublishReport | Exception]:
+        """Change the weights and publish them; return what each rank returned or raised."""
+        for source in self.sources:
+            source.now = checkpoint(version)
+        return on_ranks(self.num_ranks, lambda ranks: with_ranks(self.publishers[ranks.rank], ranks).publish(version))
+
+    def publish(self, version: int) -> PublishReport:
+        reports = [unwrap(outcome) for outcome in self.outcomes(version)]
+        assert all(
+            replace(report, seconds=0.0, phases={}) == replace(reports[0], seconds=0.0, phases={}) for report in reports
+        )
+        return reports[0]
+
+    def holds(self, version: int, engine: int) -> bool:
+        return all(holds(worker, checkpoint(version)) for worker in self.engines[engine].workers)
 
 
-def connected(engines: list[Engine], source: Any, timeout_s: float = 10) -> WeightPublisher:
-    publisher = WeightPublisher(source, [engine.link(timeout_s) for engine in engines], timeout_s)
-    publisher.connect()
+def with_ranks(publisher: WeightPublisher, ranks: ThreadRanks) -> WeightPublisher:
+    publisher.group.ranks = ranks
     return publisher
 
 
-def holds(worker: Worker, source: Source, num_workers: int) -> bool:
-    size = 4 // num_workers
-    mine = slice(worker.rank * size, (worker.rank + 1) * size)
-    stacked = torch.cat([source.now["a"][mine], source.now["b"][mine]])
-    same_c = torch.equal(worker.held["c"], source.now["c"].to(torch.bfloat16))
-    return torch.equal(worker.held["stacked"], stacked) and same_c
+def unwrap(outcome: Any) -> Any:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
-def test_every_worker_of_every_engine_holds_what_the_trainer_has_after_each_publish(engines: list[Engine]) -> None:
-    source = Source()
-    publisher = connected(engines, source)
-    assert [plan.worker for plan in publisher.plans] == ["engine-0 worker 0", "engine-1 worker 0", "engine-1 worker 1"]
+def holds(worker: LoopbackWorker, tensors: Tensors) -> bool:
+    assert isinstance(worker.model, Shard)
+    return worker.model.holds(tensors)
+
+
+def sink_of(worker: LoopbackWorker, cargo: Cargo = MODEL) -> ParameterSink:
+    assert worker._shoal_receiver is not None
+    return worker._shoal_receiver._intakes[cargo].sink
+
+
+def breaks(worker: LoopbackWorker, target: str, monkeypatch: pytest.MonkeyPatch, *, before: str = "settle") -> None:
+    """Flip a bit of a parameter once its first piece has arrived in it, before the sink is asked for something."""
+    sink = sink_of(worker)
+    method = getattr(sink, before)
+
+    def flip_first(message: Any) -> Any:
+        piece = sink._plan.slices[message.slice_index]
+        if (piece.target, piece.target_region.offset, message.start) == (target, 0, 0):
+            worker.model.get_parameter(target).data.view(torch.uint8).view(-1)[0] ^= 1
+        return method(message)
+
+    monkeypatch.setattr(sink, before, flip_first)
+
+
+Make = Callable[..., Site]
+
+
+@pytest.fixture
+def connected() -> Iterator[Make]:
+    """Make a site of two engines, the second of two workers, connected."""
+    made: list[Site] = []
+
+    def make(**changes: Any) -> Site:
+        engines = [
+            LoopbackEngine("engine-0", [Shard()]),
+            LoopbackEngine("engine-1", [Shard(0, 2), Shard(1, 2)]),
+        ]
+        made.append(Site(engines, **changes))
+        made[-1].connect()
+        return made[-1]
+
+    yield make
+    for site in made:
+        for engine in site.engines:
+            engine.released.set()
+        for publisher in site.publishers:
+            publisher.close()
+
+
+# ---- what arrives ----
+
+
+@pytest.mark.parametrize("batch_bytes", [40, 1 << 20])
+@pytest.mark.parametrize(("num_ranks", "is_sharded"), [(1, False), (2, False), (2, True)], ids=str)
+def test_every_worker_holds_what_the_trainer_has_after_each_publish(
+    connected: Make, num_ranks: int, is_sharded: bool, batch_bytes: int
+) -> None:
+    site = connected(num_ranks=num_ranks, is_sharded=is_sharded, batch_bytes=batch_bytes)
+    names = ["engine-0 worker 0", "engine-1 worker 0", "engine-1 worker 1"]
+    assert [plan.worker for plan in site.publishers[-1].plans] == names
     for version in (1, 2, 3):
-        source.change(version)
-        assert not any(holds(w, source, len(e.workers)) for e in engines for w in e.workers)  # not before
-        report = publisher.publish(version)
-        assert all(holds(w, source, len(e.workers)) for e in engines for w in e.workers)
-        assert (report.version, report.num_workers, report.num_digests) == (version, 3, 9)
-        assert 0 < report.seconds < 10
-    assert (publisher.num_publishes, publisher.num_proven) == (3, 3)
-    publisher.close()
+        assert not site.holds(version, 0) and not site.holds(version, 1)  # not before
+        report = site.publish(version)
+        assert site.holds(version, 0) and site.holds(version, 1)
+        assert (report.version, report.num_workers, report.num_digests, report.lost) == (version, 3, 12, {})
+        assert [engine.weight_version for engine in site.engines] == [version] * 2
+        assert set(report.phases) == {"pause", "wire", "prove", "resume"}
+        assert 0.5 * report.seconds < sum(report.phases.values()) <= report.seconds
+    # float32 but for `norm`, which every worker has whole in bfloat16; nothing of what nobody wants.
+    assert report.num_bytes == 2 * 4 * (48 + 48 + 48) + 3 * 2 * 6
 
 
-def test_the_routes_are_called_in_the_order_that_a_running_engine_needs(engines: list[Engine]) -> None:
-    publisher = connected(engines, Source())
-    publisher.publish(0)
-    publisher.publish(0)  # again: harmless
-    for engine in engines:
-        assert engine.called == ["/init_weight_transfer_engine", *LIFECYCLE, *LIFECYCLE]
-    publisher.close()
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_both_ranks_send_about_half(connected: Make, is_sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = connected(num_ranks=2, is_sharded=is_sharded)
+    sent = [0, 0]
+    for rank, publisher in enumerate(site.publishers):
+        send = publisher.group.senders[MODEL].send
+
+        def counted(*args: Any, rank: int = rank, send: Any = send, **kwargs: Any) -> Any:
+            report = send(*args, **kwargs)
+            sent[rank] = report.num_bytes
+            return report
+
+        monkeypatch.setattr(publisher.group.senders[MODEL], "send", counted)
+    assert site.publish(1).num_bytes == sum(sent)
+    assert min(sent) > 0.3 * sum(sent)
 
 
-def test_a_version_counts_for_an_engine_only_once_it_is_proven(engines: list[Engine]) -> None:
-    publisher = connected(engines, Source())
-    clients = [link.client for link in publisher._links]
-    assert [client.weight_version for client in clients] == [UNPROVEN, UNPROVEN]
-    publisher.publish(4)
-    assert [client.weight_version for client in clients] == [4, 4]
-    engines[1].answers_500.add("/reset_prefix_cache")
-    with pytest.raises(WeightSyncError, match="engine-1"):
-        publisher.publish(5)
-    # They no longer hold version 4, and nothing shows that they hold version 5.
-    assert [client.weight_version for client in clients] == [UNPROVEN, UNPROVEN]
-    publisher.close()
+def test_the_same_version_again_is_harmless_and_engines_are_paused_around_it(connected: Make) -> None:
+    site = connected()
+    site.publish(1)
+    site.publish(1)
+    assert site.holds(1, 0) and site.holds(1, 1)
+    for engine in site.engines:
+        publish = ["/shoal/receive", "shoal_receive", "/resume"]
+        assert engine.called == ["shoal_meet", "shoal_join", *publish, *publish]
+        assert not engine.is_paused
 
 
-def test_what_no_engine_uses_does_not_travel(engines: list[Engine]) -> None:
-    publisher = connected(engines, Source())
-    publisher.publish(1)
-    assert engines[1].workers[1].received == ["a", "b", "c"]
-    publisher.close()
+def test_the_prefix_cache_is_salted_anew_with_each_publish(connected: Make) -> None:
+    site = connected()
+    salts = []
+    for version in (1, 1, 2):
+        site.publish(version)
+        assert site.engines[0].cache_salt == site.engines[1].cache_salt
+        salts.append(site.engines[0].cache_salt)
+    assert len(set(salts)) == 3 and all(salts)
+
+
+# ---- the proof ----
 
 
 @pytest.mark.parametrize(
-    ("target", "source_name", "engine", "worker"),
-    [("stacked", "a", 0, 0), ("c", "c", 0, 0), ("stacked", "b", 1, 1), ("c", "c", 1, 0)],
+    ("target", "source", "engine", "worker"),
+    [("qk.weight", "q", 0, 0), ("norm.weight", "norm", 0, 0), ("down.weight", "down", 1, 1)],
 )
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_one_flipped_bit_fails_the_proof_naming_parameter_worker_and_version(
-    target: str, source_name: str, engine: int, worker: int, engines: list[Engine]
+    connected: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    num_ranks: int,
+    target: str,
+    source: str,
+    engine: int,
+    worker: int,
 ) -> None:
-    publisher = connected(engines, Source())
-    publisher.publish(1)
-
-    def flip(broken: Worker) -> None:
-        octets = broken.held[target].view(torch.uint8).view(-1)
-        octets[-1 if source_name == "b" else 0] ^= 1
-
-    engines[engine].workers[worker].after_writing = flip
-    wanted = rf"engine-{engine} worker {worker} holds other values in {target} than the trainer has in {source_name} "
-    with pytest.raises(WeightProofError, match=wanted + r"\(version 2"):
-        publisher.publish(2)
-    assert [e.called[-1] for e in engines] == ["/resume", "/resume"]
-    assert publisher.num_proven == 1
-    engines[engine].workers[worker].after_writing = lambda worker: None
-    publisher.publish(3)  # the control: without the flip the same engines prove it
-    assert publisher.num_proven == 2
-    publisher.close()
+    site = connected(num_ranks=num_ranks, is_sharded=True)
+    site.publish(1)
+    with monkeypatch.context() as patch:
+        breaks(site.engines[engine].workers[worker], target, patch)
+        first, *others = site.outcomes(2)
+    assert isinstance(first, WeightProofError) and all(isinstance(other, Exception) for other in others)
+    wanted = rf"engine-{engine} worker {worker} holds other values in {target} than the trainer has in {source} "
+    assert re.match(wanted + r"\(version 2: digest", str(first))
+    # The other engine is proven and goes on; both are resumed.
+    assert [e.weight_version for e in site.engines] == [UNPROVEN if i == engine else 2 for i in range(2)]
+    assert site.publishers[-1].live_engines == (f"engine-{1 - engine}",)
+    wait_until(lambda: not any(e.is_paused for e in site.engines))
+    assert site.publish(3).num_workers == 2 - engine and site.holds(3, 1 - engine)  # without the bad one
+    site.connect()
+    assert site.publish(4).num_workers == 3 and site.holds(4, engine)  # the control: without the flip it proves it
 
 
-def test_the_digests_of_an_earlier_attempt_do_not_prove_a_later_one(engines: list[Engine]) -> None:
-    source = Source()
-    publisher = connected(engines, source)
-    publisher.publish(1)
-
-    def leave_nothing_new(worker: Worker) -> None:
-        worker.store = SimpleNamespace(get=worker.store.get, set=lambda key, value: None)
-
-    engines[0].workers[0].after_writing = leave_nothing_new
-    publisher._links[0]._timeout_s = 1
-    with pytest.raises(WeightSyncError, match="engine-0 worker 0 did not send its digests within 1 s"):
-        publisher.publish(1)
-    publisher.close()
-
-
-@pytest.mark.parametrize("route", LIFECYCLE)
-@pytest.mark.parametrize("engine", [0, 1])
-def test_a_route_that_answers_with_an_error_is_named_with_its_engine_and_every_engine_is_resumed(
-    route: str, engine: int, engines: list[Engine]
+def test_two_slices_exchanged_in_the_trainers_plan_fail_the_proof(
+    connected: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publisher = connected(engines, Source(), timeout_s=3)
-    engines[engine].answers_500.add(route)
+    class Exchanging:
+        @staticmethod
+        def from_json(text: str) -> SlicePlan:
+            plan = SlicePlan.from_json(text)
+            slices = {piece.source: piece for piece in plan.slices}
+            q, k = slices["q"], slices["k"]
+            slices["q"] = replace(q, source="k", source_region=k.source_region)
+            slices["k"] = replace(k, source="q", source_region=q.source_region)
+            return replace(plan, slices=tuple(slices.values()))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(meeting_module, "SlicePlan", Exchanging)
+        site = connected()
+    (failure,) = site.outcomes(1)
+    assert isinstance(failure, WeightProofError) and "qk.weight than the trainer has in k " in str(failure)
+    site.connect()
+    assert site.publish(2).num_digests == 12  # the control
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_full_verification_sends_everything_back_and_names_what_differs(
+    connected: Make, monkeypatch: pytest.MonkeyPatch, num_ranks: int
+) -> None:
+    site = connected(verify="full", num_ranks=num_ranks, is_sharded=True)
+    site.publish(1)
+    assert site.holds(1, 0) and site.holds(1, 1)
+    breaks(site.engines[1].workers[0], "down.weight", monkeypatch, before="held")
+    failure, *_ = site.outcomes(2)
+    assert isinstance(failure, WeightProofError)
+    assert re.match(r"engine-1 holds other bits than the trainer sent of down \(version 2\)", str(failure))
+    assert site.holds(2, 0) and site.engines[0].weight_version == 2
+
+
+def test_without_verification_nothing_is_compared(connected: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = connected(verify="off")
+    breaks(site.engines[1].workers[0], "down.weight", monkeypatch)
+    report = site.publish(1)
+    assert (report.num_digests, report.lost) == (0, {})
+    assert site.holds(1, 0) and not site.holds(1, 1)
+
+
+# ---- engines that fail ----
+
+
+@pytest.mark.parametrize("what", ["/shoal/receive", "shoal_receive", "/resume"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_engine_that_fails_leaves_and_the_other_goes_on_with_the_new_version(
+    connected: Make, what: str, num_ranks: int
+) -> None:
+    site = connected(num_ranks=num_ranks)
+    site.publish(1)
+    site.engines[1].fails_at.add(what)
+    report = site.publish(2)
+    assert list(report.lost) == ["engine-1"] and "told to fail" in report.lost["engine-1"]
+    assert (report.num_workers, report.num_digests) == (1, 4 if what != "/resume" else 12)
+    assert site.holds(2, 0)
+    assert [engine.weight_version for engine in site.engines] == [2, UNPROVEN]
+    assert {publisher.live_engines for publisher in site.publishers} == {("engine-0",)}
+    num_calls = len(site.engines[1].called)
+    assert site.publish(3).lost == {} and site.holds(3, 0)
+    assert not [name for name in site.engines[1].called[num_calls + 1 :] if name != "/resume"]  # it is left alone
+    # Healed, it is met again.
+    site.engines[1].fails_at.clear()
+    site.connect()
+    assert site.publish(4).num_workers == 3 and site.holds(4, 1)
+    assert not site.engines[1].is_paused
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_worker_that_fails_in_the_middle_is_named_with_its_reason(
+    connected: Make, monkeypatch: pytest.MonkeyPatch, worker: int
+) -> None:
+    site = connected(num_ranks=2, is_sharded=True)
+
+    def fail(message: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(sink_of(site.engines[1].workers[worker]), "settle", fail)
     began = time.monotonic()
-    with pytest.raises(WeightSyncError, match=rf"engine-{engine} failed at {route}\b.*500.*told to fail"):
-        publisher.publish(1)
+    report = site.publish(1)
     assert time.monotonic() - began < 8
-    assert [e.called.count("/resume") for e in engines] == [1, 1]
-    assert publisher.num_proven == 0
-    publisher.close()
+    assert list(report.lost) == ["engine-1"] and site.holds(1, 0)
+    assert f"engine-1 worker {worker} failed at shoal_receive: MemoryError: no room" in report.lost["engine-1"]
 
 
-@pytest.mark.parametrize("route", ["/pause", "/update_weights", "/reset_prefix_cache", "/resume"])
-def test_an_engine_that_stalls_is_named_within_the_time_out_and_the_other_is_resumed(
-    route: str, engines: list[Engine]
-) -> None:
-    publisher = connected(engines, Source(), timeout_s=1.5)
-    engines[0].stalls_at.add(route)
+@pytest.mark.parametrize("what", ["/shoal/receive", "shoal_receive", "/resume"])
+def test_an_engine_that_stalls_is_named_within_the_time_out(connected: Make, what: str) -> None:
+    site = connected(timeout_s=1.5)
+    site.publish(1)
+    site.engines[0].stalls_at.add(what)
     began = time.monotonic()
-    with pytest.raises(WeightSyncError, match=r"engine-0.* within 1\.5 s") as failure:
-        publisher.publish(1)
+    report = site.publish(2)
     assert time.monotonic() - began < 6
-    if route != "/update_weights":
-        assert "engine-1" not in str(failure.value)
-    # While weights are sent the engines go in step, so there the other one did not finish either.
-    assert "/resume" in engines[1].called
-    publisher.close()
+    assert list(report.lost) == ["engine-0"] and re.search(r"engine-0.*1\.5 s", report.lost["engine-0"])
+    assert site.holds(2, 1) and not site.engines[1].is_paused
 
 
-def test_an_engine_that_keeps_its_prefix_cache_is_an_error_and_counts_as_unproven(engines: list[Engine]) -> None:
-    publisher = connected(engines, Source())
-    publisher.publish(1)
-    engines[1].answers["/reset_prefix_cache"] = {"success": False}
-    with pytest.raises(WeightSyncError, match=r"engine-1.* prefix cache"):
-        publisher.publish(2)
-    assert [link.client.weight_version for link in publisher._links] == [UNPROVEN, UNPROVEN]
-    engines[1].answers["/reset_prefix_cache"] = {"success": True}
-    assert publisher.publish(2).version == 2
-    publisher.close()
-
-
-def test_an_engine_that_stalls_altogether_does_not_keep_the_other_from_being_resumed(engines: list[Engine]) -> None:
-    publisher = connected(engines, Source(), timeout_s=1.5)
-    engines[0].stalls_at |= {"/update_weights", "/finish_weight_update", "/resume"}
-    with pytest.raises(WeightSyncError, match=r"engine-0.*(receiving the weights|/update_weights)"):
-        publisher.publish(1)
-    assert "/resume" in engines[1].called
-    publisher.close()
-
-
-def test_a_source_that_fails_while_it_sends_is_the_cause_of_what_is_raised(engines: list[Engine]) -> None:
-    class Failing(Source):
-        def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-            yield "a", self.now["a"]
-            raise MemoryError("no memory to merge b")
-
-    publisher = connected(engines, Failing(), timeout_s=1.5)
-    with pytest.raises(WeightSyncError, match=r"engine-[01]") as failure:
-        publisher.publish(1)
-    assert isinstance(failure.value.__cause__, MemoryError)
-    publisher.close()
-
-
-def test_an_engine_that_cannot_plan_is_named_with_its_reason(engines: list[Engine]) -> None:
-    engines[1].answers_500.add("/init_weight_transfer_engine")
-    publisher = WeightPublisher(Source(), [engine.link(3) for engine in engines], 3)
-    with pytest.raises(WeightSyncError, match=r"engine-1 failed at /init_weight_transfer_engine.*told to fail"):
-        publisher.connect()
-    publisher.close()
-
-
-def test_an_engine_whose_workers_never_join_is_named_within_the_time_out(engines: list[Engine]) -> None:
-    engines[1].workers[0].join = lambda info: None  # type: ignore[method-assign]
-    publisher = WeightPublisher(Source(), [engine.link(1) for engine in engines], 2)
+@pytest.mark.parametrize("what", ["shoal_receive", "/resume"])
+def test_an_engine_that_dies_and_whose_server_goes_on_is_not_waited_for(connected: Make, what: str) -> None:
+    site = connected(timeout_s=12)
+    site.publish(1)
+    site.engines[0].stalls_at.add(what)
+    site.engines[0].is_dead = True
     began = time.monotonic()
-    with pytest.raises(WeightSyncError, match="engine-1"):
-        publisher.connect()
-    assert time.monotonic() - began < 6
-    publisher.close()
+    report = site.publish(2)
+    assert time.monotonic() - began < 10
+    assert "engine-0 has died in the middle of a publish" in report.lost["engine-0"]
+    assert site.holds(2, 1)
 
 
-def test_publishing_before_connecting_is_an_error() -> None:
-    engine = Engine("engine-0", 1)
-    link = engine.link(1)
-    with pytest.raises(WeightSyncError, match="engine-0 has not joined the weight group"):
-        link.send(torch.zeros(1))
-    engine.close()
-
-
-META = (
-    ParameterMeta(name="a", dtype="float32", shape=(4, 5)),
-    ParameterMeta(name="unused", dtype="float32", shape=(100,)),
-    ParameterMeta(name="b", dtype="float32", shape=(4, 5)),
-    ParameterMeta(name="c", dtype="float32", shape=(7,)),
-)
-
-
-def test_a_parameter_travels_in_the_type_of_the_engines_and_in_the_trainers_order() -> None:
-    wire = wire_metadata(META, [plan_of("e", 0, 2), plan_of("e", 1, 2)])
-    assert [(meta.name, meta.dtype, meta.shape) for meta in wire] == [
-        ("a", "float32", (4, 5)),
-        ("b", "float32", (4, 5)),
-        ("c", "bfloat16", (7,)),
-    ]
-
-
-def test_a_parameter_that_engines_keep_in_two_types_travels_in_the_trainers_own() -> None:
-    other = SlicePlan(
-        worker="e worker 1",
-        slices=(piece("c", whole(7), "c", whole(7), "float16"),),
-        fills=(),
-        reloaded=(),
-    )
-    wire = wire_metadata(META, [plan_of("e", 0, 1), other])
-    assert {meta.name: meta.dtype for meta in wire}["c"] == "float32"
-
-
-def test_two_types_of_one_parameter_are_each_proven_in_their_own(engines: list[Engine]) -> None:
-    worker = engines[1].workers[1]
-    worker.held["c"] = torch.zeros(7, dtype=torch.float16)
-    slices = (*worker.plan.slices[:2], piece("c", whole(7), "c", whole(7), "float16"))
-    worker.plan = SlicePlan(worker=worker.plan.worker, slices=slices, fills=(), reloaded=())
-    source = Source()
-    publisher = connected(engines, source)
-    assert publisher.publish(1).num_digests == 9
-    assert torch.equal(worker.held["c"], source.now["c"].half())
-    assert torch.equal(engines[0].workers[0].held["c"], source.now["c"].bfloat16())
-    publisher.close()
-
-
-def test_an_abandoned_call_is_left_behind_and_a_failed_one_raises_its_own_error() -> None:
+def test_a_worker_that_stalls_is_named(connected: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = connected(timeout_s=1.5)
+    site.publish(1)
     gate = threading.Event()
+    sink = sink_of(site.engines[1].workers[1])
+    finish = sink.finish
+    monkeypatch.setattr(sink, "finish", lambda: (gate.wait(20), finish())[1])
     began = time.monotonic()
-    with pytest.raises(WeightSyncError, match=r"waited 0\.2 s for a train"):
-        AbandonableCall(lambda: gate.wait(20)).result(0.2, "a train")
-    assert time.monotonic() - began < 3
+    report = site.publish(2)
+    assert time.monotonic() - began < 6
     gate.set()
+    assert re.search(
+        r"^engine-1 worker 1 did not receive the weights: no answer in time \(.*1\.5 s\)", report.lost["engine-1"]
+    )
+    assert site.holds(2, 0)
+
+
+@pytest.mark.parametrize("what", ["/shoal/receive", "shoal_receive", "/resume"])
+def test_when_no_engine_is_left_that_is_an_error_on_every_rank(connected: Make, what: str) -> None:
+    site = connected(num_ranks=2)
+    for engine in site.engines:
+        engine.fails_at.add(what)
+    first, second = site.outcomes(1)
+    assert isinstance(first, WeightSyncError) and "told to fail" in str(first)
+    assert isinstance(second, Exception)
+    assert [engine.weight_version for engine in site.engines] == [UNPROVEN] * 2
+    again, _ = site.outcomes(2)
+    assert isinstance(again, WeightSyncError) and "no engine is left" in str(again)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_source_that_raises_ends_the_publish_on_every_rank_and_every_engine_is_resumed(
+    connected: Make, failing: int
+) -> None:
+    site = connected(num_ranks=2, is_sharded=True)
+    site.publish(1)
 
     def fail() -> None:
-        raise KeyError("own")
+        raise MemoryError("no memory to merge k")
 
-    with pytest.raises(KeyError, match="own"):
-        AbandonableCall(fail).result(5, "a train")
-    assert AbandonableCall(lambda: 41 + 1).result(5, "an answer") == 42
+    site.sources[failing].fails = fail
+    began = time.monotonic()
+    outcomes = site.outcomes(2)
+    assert isinstance(outcomes[failing], MemoryError)
+    other = outcomes[1 - failing]
+    assert isinstance(other, WeightSyncError) and "no memory to merge k" in str(other)
+    wait_until(lambda: not any(engine.is_paused for engine in site.engines))
+    assert time.monotonic() - began < 6
+    assert [engine.weight_version for engine in site.engines] == [UNPROVEN] * 2
+    site.connect()
+    assert site.publish(3).num_workers == 3 and site.holds(3, 0) and site.holds(3, 1)
+
+
+# ---- meeting ----
+
+
+@pytest.mark.parametrize("method", ["shoal_meet", "shoal_join"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_engine_that_cannot_be_met_is_named_with_its_reason(connected: Make, method: str, num_ranks: int) -> None:
+    site = connected(num_ranks=num_ranks, timeout_s=2)
+    site.engines[1].fails_at.add(method)
+    began = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"engine-1.*told to fail"):
+        site.connect()
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("method", ["shoal_meet", "shoal_join"])
+def test_an_engine_that_does_not_come_is_named_within_the_time_out(connected: Make, method: str) -> None:
+    site = connected(num_ranks=2, timeout_s=1.5)
+    site.engines[1].stalls_at.add(method)
+    began = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"engine-1.*1\.5 s"):
+        site.connect()
+    assert time.monotonic() - began < 8
+
+
+def test_an_engine_of_another_model_is_refused_naming_the_parameter(connected: Make) -> None:
+    site = connected(timeout_s=2)
+    site.engines[1].workers[0].model.register_module("extra", Layer(3))
+    with pytest.raises(WeightSyncError, match=r"engine-1 worker 0 failed at shoal_meet: PlanError.*extra\.weight"):
+        site.connect()
+
+
+# ---- adapters ----
+
+
+def test_after_the_first_publish_an_adapter_travels_alone_and_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's adapter lies in a module of its own, which stands for vLLM's buffers."""
+
+    class Served(Shard):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora = nn.Module()
+            self.lora.a = torch.zeros(2, 6)
+
+    model = Served()
+
+    def learn(model: nn.Module, parameters: Sequence[ParameterMeta], worker: str) -> SlicePlan:
+        region = Region.of(torch.empty(2, 6, device="meta"))
+        piece = Slice(source="a", source_region=region, target="lora.a", target_region=region, dtype="float32")
+        return SlicePlan(worker=worker, slices=(piece,), fills=(), reloaded=())
+
+    monkeypatch.setattr(receiver_module, "learn_adapter_plan", learn)
+    monkeypatch.setattr(receiver_module, "adapter_tensors", lambda model: {"lora.a": model.lora.a})
+    engine = LoopbackEngine("engine-0", [model])
+    base, adapter = Source(checkpoint(1)), Source({"a": torch.randn(2, 6)})
+
+    def run(ranks: ThreadRanks) -> WeightPublisher:
+        publisher = WeightPublisher(
+            {MODEL: base, ADAPTER: adapter},
+            [EngineAddress(client=engine, num_workers=1, backend="gloo")],
+            ranks=ranks,
+            device=torch.device("cpu"),
+            settings=PublishSettings(host=HOST, timeout_s=10),
+        )
+        publisher.connect()
+        first = publisher.publish(1)
+        assert model.holds(checkpoint(1)) and torch.equal(model.lora.a, adapter.now["a"])
+        base.now, adapter.now = checkpoint(2), {"a": torch.randn(2, 6)}
+        second = publisher.publish(2)
+        assert torch.equal(model.lora.a, adapter.now["a"])
+        assert model.holds(checkpoint(1))  # the control: the base did not travel again
+        assert (first.num_digests, second.num_digests, second.num_bytes) == (5, 1, 48)
+        publisher.connect()
+        assert publisher.publish(3).num_digests == 5 and model.holds(checkpoint(2))  # met anew, it gets everything
+        return publisher
+
+    (publisher,) = [unwrap(outcome) for outcome in on_ranks(1, run)]
+    publisher.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

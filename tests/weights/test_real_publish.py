@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 
 from shoal.engines.client import EngineClient
@@ -24,10 +23,12 @@ from shoal.engines.command import EngineSpec
 from shoal.engines.fleet import Fleet
 from shoal.engines.process import choose_ports
 from shoal.errors import EngineError, EngineRequestError, WeightProofError
-from shoal.types import Rollout, RolloutRequest, SamplingSettings
-from shoal.weights.link import EngineLink
+from shoal.testing.transport import make_flipping
+from shoal.trainer.exchange import Exchange
+from shoal.types import UNPROVEN, Rollout, RolloutRequest, SamplingSettings
+from shoal.weights.group import EngineAddress, PublishSettings
 from shoal.weights.publisher import WeightPublisher
-from shoal.weights.source import make_source
+from shoal.weights.sources import make_source
 
 pytestmark = pytest.mark.engine
 
@@ -46,27 +47,12 @@ GREEDY = SamplingSettings(temperature=0.0, max_tokens=NUM_TOKENS, stop_token_ids
 SAMPLED = SamplingSettings(temperature=0.8, max_tokens=NUM_TOKENS, stop_token_ids=(EOS,))
 
 
-class FlippingLink(EngineLink):
-    """A link whose `flip_at`-th tensor arrives with its first element's last bit flipped."""
-
-    flip_at: int | None = None
-    num_sent = 0
-
-    def send(self, value: torch.Tensor) -> dist.Work:
-        if self.num_sent == self.flip_at:
-            value = value.clone()
-            value.view(torch.int32).view(-1)[0] ^= 1
-        self.num_sent += 1
-        return super().send(value)
-
-
 @dataclass(frozen=True)
 class Running:
     """A fleet with a publisher connected to it."""
 
     fleet: Fleet
     model: Any
-    links: tuple[FlippingLink, ...]
     publisher: WeightPublisher
 
     @property
@@ -74,11 +60,19 @@ class Running:
         return tuple(engine.client for engine in self.fleet.engines)
 
 
-def links_to(fleet: Fleet) -> tuple[FlippingLink, ...]:
-    return tuple(
-        FlippingLink(engine.client, num_workers=engine.spec.num_workers, backend="gloo", host="127.0.0.1", timeout_s=90)
-        for engine in fleet.engines
+def publisher_to(fleet: Fleet, model: Any, **settings: Any) -> WeightPublisher:
+    publisher = WeightPublisher(
+        {"model": make_source(model)},
+        [
+            EngineAddress(client=engine.client, num_workers=engine.spec.num_workers, backend="gloo")
+            for engine in fleet.engines
+        ],
+        ranks=Exchange(rank=0, world_size=1, device=torch.device("cpu")),
+        device=torch.device("cpu"),
+        settings=PublishSettings(host="127.0.0.1", **({"timeout_s": 90} | settings)),
     )
+    publisher.connect()
+    return publisher
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +91,8 @@ def running(
     ]
     logs = tmp_path_factory.mktemp("logs")
     with Fleet.start(specs, log_dir=logs, timeout_s=400, request_timeout_s=90) as fleet:
-        links = links_to(fleet)
-        publisher = WeightPublisher(make_source(model), links, 90)
-        publisher.connect()
-        yield Running(fleet=fleet, model=model, links=links, publisher=publisher)
+        publisher = publisher_to(fleet, model)
+        yield Running(fleet=fleet, model=model, publisher=publisher)
         publisher.close()
 
 
@@ -149,6 +141,7 @@ def ask(clients: tuple[EngineClient, ...], sampling: SamplingSettings) -> list[l
             request_timeout_s=90,
         )
         fresh.weight_version = client.weight_version
+        fresh.cache_salt = client.cache_salt
         requests = [
             RolloutRequest(prompt_token_ids=prompt, seed=100 + i, sampling=sampling) for i, prompt in enumerate(PROMPTS)
         ]
@@ -204,29 +197,42 @@ def test_the_logprobs_of_sampled_tokens_are_transformers_at_that_temperature(run
 
 
 def test_a_worker_that_received_one_flipped_bit_is_named_with_the_parameter(running: Running) -> None:
-    names = [meta.name for meta in running.publisher._wire]
-    link = running.links[2]  # two workers
+    parameters = dict(running.model.named_parameters())
     for target in ("model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight", "model.norm.weight"):
-        link.num_sent, link.flip_at = 0, names.index(target)
+        publisher = publisher_to(running.fleet, running.model)
+        flipping = make_flipping(publisher, 2)  # two workers
+        flipping.flip_views_of(parameters[target].data)
         with pytest.raises(WeightProofError, match=rf"engine-2 worker 0 .* than the trainer has in {target} "):
-            running.publisher.publish(20)
-        link.flip_at = None
-    assert running.clients[2].weight_version != 20
-    running.publisher.publish(21)  # the control: nothing flipped, and the same workers prove it
-    assert texts_of(ask(running.clients[2:], GREEDY)[0]) == transformers_text(running.model)
+            publisher.publish(20)
+        publisher.close()
+        assert [client.weight_version for client in running.clients] == [20, 20, UNPROVEN]
 
 
-def test_an_engine_serves_again_after_a_publish_that_failed(running: Running) -> None:
+def test_the_others_go_on_when_one_engine_holds_something_else(running: Running) -> None:
+    running.publisher.connect()
     running.publisher.publish(22)
     before = ask(running.clients, GREEDY)
-    running.links[0].num_sent, running.links[0].flip_at = 0, 3
-    with pytest.raises(WeightProofError):
+    flipping = make_flipping(running.publisher, 0)
+    flipping.flip_views_of(running.model.model.norm.weight.data)
+    with pytest.raises(WeightProofError, match="engine-0"):
         running.publisher.publish(23)
-    running.links[0].flip_at = None
-    for client in running.clients:
-        assert client.post("/resume", None, 10) is not None
-    running.publisher.publish(24)
+    assert running.publisher.live_engines == ("engine-1", "engine-2")
+    assert running.publisher.publish(24).num_workers == 3
+    running.publisher.connect()  # takes the first one in again
+    assert running.publisher.publish(25).num_workers == 4
     assert [texts_of(a) for a in ask(running.clients, GREEDY)] == [texts_of(a) for a in before]
+
+
+def test_bits_are_compared_one_by_one_on_request(running: Running) -> None:
+    publisher = publisher_to(running.fleet, running.model, verify="full")
+    publisher.publish(26)
+    flipping = make_flipping(publisher, 2)
+    flipping.flip_views_of(running.model.model.layers[0].mlp.gate_proj.weight.data)
+    with pytest.raises(
+        WeightProofError, match=r"engine-2 holds other bits .* of model\.layers\.0\.mlp\.gate_proj\.weight "
+    ):
+        publisher.publish(27)
+    publisher.close()
 
 
 def test_a_lora_model_is_published_merged_over_a_new_line_to_the_same_engines(
@@ -241,20 +247,27 @@ def test_a_lora_model_is_published_merged_over_a_new_line_to_the_same_engines(
                 value.normal_(std=0.2)
     wanted = transformers_text(peft_model)
     assert wanted != plain  # the control: the adapter does something
-    publisher = WeightPublisher(make_source(peft_model), links_to(running.fleet), 90)
-    publisher.connect()
+    publisher = publisher_to(running.fleet, peft_model)
     publisher.publish(30)
     for answers in ask(running.clients, GREEDY):
         assert texts_of(answers) == wanted
     publisher.close()
 
 
-def test_an_engine_that_is_killed_is_named_with_its_log(running: Running) -> None:
+def test_an_engine_that_is_killed_leaves_and_the_others_are_published_to(running: Running) -> None:
     """Comes last: the engine does not come back."""
+    running.publisher.connect()
+    running.publisher.publish(40)
     engine = running.fleet.engines[1]
     running.fleet.check_alive()
     (server,) = psutil.Process(engine.process.pid).children()
     server.send_signal(signal.SIGKILL)
+    report = running.publisher.publish(41)
+    assert list(report.lost) == ["engine-1"] and report.num_workers == 3
+    assert [client.weight_version for client in running.clients] == [41, UNPROVEN, 41]
+    wanted = transformers_text(running.model)
+    for client in (running.clients[0], running.clients[2]):
+        assert texts_of(ask((client,), GREEDY)[0]) == wanted
     deadline = time.monotonic() + 20
     while engine.process.exit_status() is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -263,4 +276,3 @@ def test_an_engine_that_is_killed_is_named_with_its_log(running: Running) -> Non
     with pytest.raises(EngineRequestError, match=r"engine-1 did not answer .*engine-1\.log"):
         ask(running.clients[1:2], GREEDY)
     assert Path(str(engine.process.log_path)).is_file()
-    running.links[0].client.post("/reset_prefix_cache", None, 10)  # the others serve on

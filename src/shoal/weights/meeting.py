@@ -1,0 +1,210 @@
+"""Meet every engine's workers: learn their slice plans, agree on who sends what, and connect to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import torch
+
+from shoal.errors import WeightSyncError
+from shoal.protocols import Ranks, WeightSource
+from shoal.weights.control import EngineControl
+from shoal.weights.group import EngineAddress, EngineGroup, PublishSettings
+from shoal.weights.line import LAST_WORDS_S, EngineLine
+from shoal.weights.sender import WeightSender
+from shoal.wire.agreement import Agreement, Cargo, device_identity, holdings_from_json, holdings_to_json
+from shoal.wire.plan import SlicePlan, metadata_to_json
+from shoal.wire.rendezvous import host_store, join_store
+from shoal.wire.schedule import Holdings
+
+_T = TypeVar("_T")
+
+
+class Meeting:
+    """One meeting. Every trainer rank holds it, and calls `hold` together.
+
+    Args:
+        sources: This rank's part of what is published.
+        engines: On rank 0, all engines; elsewhere nothing.
+        controls: Theirs.
+        ranks: The other trainer ranks.
+        device: Where this rank's weights lie.
+        settings: How publishes work.
+        threads: For calls of engines.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[Cargo, WeightSource],
+        engines: Sequence[EngineAddress],
+        controls: Sequence[EngineControl],
+        *,
+        ranks: Ranks,
+        device: torch.device,
+        settings: PublishSettings,
+        threads: ThreadPoolExecutor,
+    ) -> None:
+        self._sources = sources
+        self._engines = engines
+        self._controls = controls
+        self._ranks = ranks
+        self._device = device
+        self._settings = settings
+        self._threads = threads
+        self._lines: list[EngineLine] = []
+        self._ports: list[int] = []
+        self._holdings: dict[Cargo, tuple[Holdings, ...]] = {}
+
+    def hold(self) -> EngineGroup:
+        """Meet all engines.
+
+        Raises:
+            WeightSyncError: One did not come, or holds another model.
+        """
+        self._make_lines()
+        try:
+            return self._meet()
+        except BaseException:
+            for line in self._lines:
+                line.close()
+            raise
+
+    def _meet(self) -> EngineGroup:
+        introductions = self._ranks.json(self._introduce)
+        devices = self._ranks.gather_json(device_identity(self._device))
+        for line, workers in zip(self._lines, introductions, strict=True):
+            line.prefer_own_device(devices, [worker["device"] for worker in workers])
+        plans = {
+            cargo: [
+                tuple(SlicePlan.from_json(worker["plans"][cargo]) for worker in workers) for workers in introductions
+            ]
+            for cargo in self._sources
+        }
+        senders = {cargo: self._make_sender(cargo, source, plans[cargo]) for cargo, source in self._sources.items()}
+        self._join(senders)
+        return EngineGroup(
+            ranks=self._ranks,
+            settings=self._settings,
+            threads=self._threads,
+            controls=self._controls,
+            lines=self._lines,
+            senders=senders,
+            plans=plans,
+            live=list(range(len(self._lines))),
+        )
+
+    def _make_lines(self) -> None:
+        """Serve a store for each engine on rank 0, and have every rank join it."""
+        settings, ranks = self._settings, self._ranks
+        stores = [host_store(settings.host, settings.timeout_s) for _ in self._engines]
+        addresses = ranks.json(
+            lambda: [
+                [engine.client.name, store.port, engine.num_workers, engine.backend]
+                for engine, store in zip(self._engines, stores, strict=True)
+            ]
+        )
+        self._ports = [int(port) for _, port, _, _ in addresses]
+        if ranks.rank != 0:
+            stores = [join_store(settings.host, port, settings.timeout_s) for port in self._ports]
+        self._lines = [
+            EngineLine(
+                name,
+                store,
+                rank=ranks.rank,
+                num_ranks=ranks.num_ranks,
+                num_workers=num_workers,
+                backend=backend,
+                host=settings.host,
+                device=self._device,
+                timeout_s=settings.timeout_s,
+            )
+            for (name, _, num_workers, backend), store in zip(addresses, stores, strict=True)
+        ]
+
+    def _introduce(self) -> list[list[Any]]:
+        """Have every engine's workers make their plans; return, for each engine, what each worker says of itself."""
+        cargoes = {cargo: metadata_to_json(source.metadata()) for cargo, source in self._sources.items()}
+        meetings = [
+            self._threads.submit(
+                control.call,
+                "shoal_meet",
+                host=self._settings.host,
+                port=port,
+                own_host=self._settings.host,
+                backend=engine.backend,
+                num_ranks=self._ranks.num_ranks,
+                num_workers=engine.num_workers,
+                timeout_s=self._settings.timeout_s,
+                engine=engine.client.name,
+                cargoes=cargoes,
+            )
+            for engine, control, port in zip(self._engines, self._controls, self._ports, strict=True)
+        ]
+        return self._all_of(meetings, "make its slice plans")
+
+    def _make_sender(self, cargo: Cargo, source: WeightSource, plans: Sequence[Sequence[SlicePlan]]) -> WeightSender:
+        held = self._ranks.gather_json(holdings_to_json(source.held()))
+        self._holdings[cargo] = tuple(holdings_from_json(item) for item in held)
+        return WeightSender(
+            source,
+            rank=self._ranks.rank,
+            holdings=self._holdings[cargo],
+            lines=self._lines,
+            plans=plans,
+            device=self._device,
+            batch_bytes=self._settings.batch_bytes,
+        )
+
+    def _join(self, senders: Mapping[Cargo, WeightSender]) -> None:
+        """Form all groups. Every rank learns of a failure before any raises."""
+        joining = self._start_joining(senders)
+        failure = ""
+        try:
+            for line in self._lines:
+                line.join()
+        except Exception as error:
+            failure = str(error)
+        failures = [said for said in self._ranks.gather_json(failure) if said]
+
+        def on_rank_zero() -> None:
+            if failures:
+                # An engine that could not join says why, if it can.
+                done, _ = wait(joining, LAST_WORDS_S, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                raise WeightSyncError(failures[0])
+            self._all_of(joining, "join the weight group")
+
+        self._ranks.json(on_rank_zero)
+
+    def _start_joining(self, senders: Mapping[Cargo, WeightSender]) -> list[Future[list[Any]]]:
+        """On rank 0: have every engine's workers join, once they are told who sends what."""
+        return [
+            self._threads.submit(
+                control.call,
+                "shoal_join",
+                agreements={
+                    cargo: Agreement(
+                        wanted=frozenset(piece.source for piece in sender.pieces),
+                        holdings=self._holdings[cargo],
+                        batch_bytes=self._settings.batch_bytes,
+                        preferred=line.preferred,
+                    ).to_json()
+                    for cargo, sender in senders.items()
+                },
+            )
+            for control, line in zip(self._controls, self._lines, strict=False)
+        ]
+
+    def _all_of(self, futures: Sequence[Future[_T]], what: str) -> list[_T]:
+        """Return every engine's answer."""
+        limit = self._settings.timeout_s
+        done, waiting = wait(futures, limit, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        for line, future in zip(self._lines, futures, strict=True):
+            if future in waiting:
+                raise WeightSyncError(f"{line.name} did not {what} within {limit:g} s (weight_sync_timeout_s)")
+        return [future.result() for future in futures]

@@ -1,0 +1,136 @@
+"""The control routes of one engine, and calls that can be left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from shoal.errors import WeightSyncError
+from shoal.testing.loopback import LoopbackEngine, LoopbackWorker
+from shoal.weights.control import EngineControl
+from shoal.weights.line import AbandonableCall, EngineLine
+from shoal.wire.agreement import done_key, gave_up_key
+from shoal.wire.rendezvous import host_store
+
+HOST = "127.0.0.1"
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def engine_of(*answers: dict[str, Any]) -> LoopbackEngine:
+    """An engine whose workers answer so to `say`."""
+    engine = LoopbackEngine("engine-0", [nn.Module() for _ in answers])
+    for worker, answer in zip(engine.workers, answers, strict=True):
+        worker.say = lambda answer=answer, **_: answer  # type: ignore[attr-defined]
+    return engine
+
+
+def test_every_workers_answer_comes_in_order(threads: ThreadPoolExecutor) -> None:
+    control = EngineControl(engine_of({"value": 1}, {"value": [2]}), threads, 5)
+    assert control.call("say", text="x") == [1, [2]]
+
+
+def test_all_workers_that_failed_are_named(threads: ThreadPoolExecutor) -> None:
+    control = EngineControl(engine_of({"error": "left"}, {"value": 1}, {"error": "no memory"}), threads, 5)
+    with pytest.raises(WeightSyncError) as failure:
+        control.call("say")
+    assert str(failure.value) == ("engine-0 worker 0 failed at say: left; engine-0 worker 2 failed at say: no memory")
+
+
+def test_receiving_pauses_first_and_waits_as_long_as_it_is_told(threads: ThreadPoolExecutor) -> None:
+    engine = engine_of()
+    for worker in range(2):
+        engine.workers.append(LoopbackWorker(nn.Module(), worker))
+        engine.workers[worker].shoal_receive = lambda worker=worker, **_: {"value": [worker]}  # type: ignore[method-assign]
+    control = EngineControl(engine, threads, 0.1)
+    assert control.receive(pauses=True, patience_s=5, attempt=1) == ([[0], [1]], 0.0)
+    assert engine.is_paused and engine.called == ["/shoal/receive", "shoal_receive"]
+    control.resume()
+    assert not engine.is_paused
+    control.receive(pauses=False, patience_s=5, attempt=2)
+    assert not engine.is_paused
+    engine.stalls_at.add("shoal_receive")
+    with pytest.raises(WeightSyncError, match=r"engine-0.*0\.3 s"):
+        control.receive(pauses=True, patience_s=0.3)
+    engine.fails_at.add("/shoal/receive")
+    with pytest.raises(WeightSyncError, match=r"engine-0 failed at /shoal/receive: .*told to fail"):
+        control.receive(pauses=True, patience_s=5)
+
+
+def test_resuming_an_engine_that_may_be_gone_raises_nothing(threads: ThreadPoolExecutor) -> None:
+    engine = engine_of()
+    engine.fails_at.add("/resume")
+    EngineControl(engine, threads, 5).resume_if_possible()
+    threads.shutdown()
+    assert engine.called == ["/resume"]
+
+
+def line(num_workers: int = 2, timeout_s: float = 0.5) -> EngineLine:
+    return EngineLine(
+        "engine-0",
+        host_store(HOST, 5),
+        rank=0,
+        num_ranks=3,
+        num_workers=num_workers,
+        backend="gloo",
+        host=HOST,
+        device=torch.device("cpu"),
+        timeout_s=timeout_s,
+    )
+
+
+def test_workers_come_after_the_ranks_and_those_that_are_late_are_named() -> None:
+    here = line()
+    assert [here.member(worker) for worker in range(2)] == [3, 4]
+    here._store.set(done_key(1), "6")
+    assert here.late_workers(6) == ["engine-0 worker 0"]
+    assert here.late_workers(7) == ["engine-0 worker 0", "engine-0 worker 1"]  # that was an earlier publish
+    here._store.set(gave_up_key(0), "7")
+    assert here.late_workers(7) == ["engine-0 worker 1"]  # it is this one that the other has waited for
+
+
+def test_only_where_memory_is_shared_ranks_are_preferred() -> None:
+    here = line()
+    here.prefer_own_device(["x", "y", "x"], ["y", "x"])
+    assert here.preferred == (frozenset(), frozenset())
+    here.backend = "ipc"
+    here.prefer_own_device(["x", "y", "x"], ["y", "x"])
+    assert here.preferred == (frozenset({1}), frozenset({0, 2}))
+
+
+def test_a_line_that_has_not_joined_or_that_nobody_joins_is_an_error() -> None:
+    here = line()
+    with pytest.raises(WeightSyncError, match="engine-0 has not joined the weight group"):
+        _ = here.transport
+    began = time.monotonic()
+    with pytest.raises(Exception, match=r"(?i)tim|engine-0 to join"):
+        here.join()
+    assert time.monotonic() - began < 5
+    here.close()
+
+
+def test_an_abandoned_call_is_left_behind_and_a_failed_one_raises_its_own_error() -> None:
+    gate = threading.Event()
+    began = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"waited 0\.2 s for a train"):
+        AbandonableCall(lambda: gate.wait(20)).result(0.2, "a train")
+    assert time.monotonic() - began < 3
+    gate.set()
+
+    def fail() -> None:
+        raise KeyError("own")
+
+    with pytest.raises(KeyError, match="own"):
+        AbandonableCall(fail).result(5, "a train")
+    assert AbandonableCall(lambda: 41 + 1).result(5, "an answer") == 42

@@ -1,0 +1,187 @@
+"""What one rank sends, to a transport that only takes it: views where they serve, and every digest's share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from shoal.protocols import Parcel
+from shoal.types import Interval, ParameterMeta
+from shoal.weights.sender import Loss, SendReport, WeightSender
+from shoal.wire.agreement import Verify
+from shoal.wire.digest import digest, unsigned
+from shoal.wire.plan import Region, Slice, SlicePlan, dtype_name
+
+CPU = torch.device("cpu")
+TENSORS = {"a": torch.randn(6, 4), "b": torch.randn(8), "c": torch.randn(5, 4), "unused": torch.randn(3)}
+
+
+class Done:
+    def wait(self) -> None: ...
+
+
+@dataclass
+class Wire:
+    """A line and its transport: keeps what is sent to each member, and fails after so many parcels."""
+
+    name: str
+    preferred: Sequence[frozenset[int]]
+    lasts: int = 1000
+    sent: list[Parcel] = field(default_factory=list)
+    is_closed: bool = False
+
+    @property
+    def transport(self) -> Wire:
+        return self
+
+    def member(self, worker: int) -> int:
+        return 10 + worker
+
+    def send(self, parcels: Sequence[Parcel]) -> Done:
+        self.sent += parcels
+        if len(self.sent) > self.lasts:
+            raise ConnectionError("cut")
+        return Done()
+
+    def receive(self, parcels: Sequence[Parcel]) -> Done:
+        for parcel in parcels:
+            parcel.tensor.zero_()
+        return Done()
+
+    def finish(self, timeout_s: float) -> None: ...
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Rows:
+    """Source of a half of the rows, or of all."""
+
+    def __init__(self, part: int = 0, num_parts: int = 1) -> None:
+        self._part, self._num_parts = part, num_parts
+        self.yielded: list[str] = []
+
+    def metadata(self) -> tuple[ParameterMeta, ...]:
+        return tuple(
+            ParameterMeta(name=name, dtype=dtype_name(value.dtype), shape=tuple(value.shape))
+            for name, value in TENSORS.items()
+        )
+
+    def held(self) -> dict[str, Interval]:
+        runs = {}
+        for name, value in TENSORS.items():
+            row = value[0].numel()
+            cuts = [len(value) * part // self._num_parts * row for part in (self._part, self._part + 1)]
+            runs[name] = Interval(*cuts)
+        return runs
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, run in self.held().items():
+            yield name, TENSORS[name].flatten()[run.start : run.stop]
+            self.yielded.append(name)
+
+
+def plan(*pieces: tuple[str, torch.Tensor, str]) -> SlicePlan:
+    return SlicePlan(
+        worker="w",
+        slices=tuple(
+            Slice(
+                source=name,
+                source_region=Region.of(view),
+                target=f"t{number}",
+                target_region=Region.of(torch.empty(view.shape, device="meta")),
+                dtype=dtype,
+            )
+            for number, (name, view, dtype) in enumerate(pieces)
+        ),
+        fills=(),
+        reloaded=(),
+    )
+
+
+ROWS = TENSORS["a"][1:5]
+COLUMNS = TENSORS["c"][:, 1:3]
+PLAN = plan(("a", ROWS, "float32"), ("b", TENSORS["b"], "bfloat16"), ("c", COLUMNS, "float32"))
+
+
+def sender_of(
+    wires: list[Wire], sources: list[Rows], rank: int = 0, plans: Sequence[SlicePlan] = (PLAN,), batch_bytes: int = 50
+) -> WeightSender:
+    return WeightSender(
+        sources[rank],
+        rank=rank,
+        holdings=[source.held() for source in sources],
+        lines=wires,
+        plans=[plans] * len(wires),
+        device=CPU,
+        batch_bytes=batch_bytes,
+    )
+
+
+def send(sender: WeightSender, num_lines: int = 1, *, verify: Verify = "digest") -> SendReport:
+    return sender.send(range(num_lines), timeout_s=1, verify=verify)
+
+
+def lies_in(tensor: torch.Tensor, whole: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+def test_what_is_contiguous_and_of_the_engines_type_is_sent_from_where_it_lies() -> None:
+    wire = Wire("e", [frozenset()])
+    send(sender_of([wire], [Rows()], batch_bytes=1 << 20))
+    rows, cast, columns = (parcel.tensor for parcel in wire.sent)
+    assert lies_in(rows, TENSORS["a"]) and torch.equal(rows, ROWS)
+    assert not lies_in(cast, TENSORS["b"]) and torch.equal(cast, TENSORS["b"].bfloat16())
+    assert not lies_in(columns, TENSORS["c"]) and torch.equal(columns, COLUMNS) and columns.is_contiguous()
+
+
+@pytest.mark.parametrize("batch_bytes", [8, 50, 1 << 20])
+def test_the_ranks_shares_add_up_to_the_digest_of_each_piece(batch_bytes: int) -> None:
+    sources = [Rows(0, 2), Rows(1, 2)]
+    senders = [sender_of([Wire("e", [frozenset()])], sources, rank, batch_bytes=batch_bytes) for rank in range(2)]
+    shares = [send(sender).digests for sender in senders]
+    wanted = {"a": digest(ROWS), "b": digest(TENSORS["b"].bfloat16()), "c": digest(COLUMNS)}
+    assert unsigned(shares[0] + shares[1]) == [wanted[piece.source] for piece in senders[0].pieces]
+    assert unsigned(shares[0]) != list(wanted.values())  # the control: one rank's share is not all
+    again = [send(sender).digests for sender in senders]
+    assert torch.equal(again[0] + again[1], shares[0] + shares[1])
+
+
+def test_who_shares_a_device_with_the_worker_sends_all_and_the_digest_is_shared_as_ever() -> None:
+    sources = [Rows(), Rows()]
+    wires = [Wire("e", [frozenset({1})]), Wire("e", [frozenset({1})])]
+    senders = [sender_of([wires[rank]], sources, rank) for rank in range(2)]
+    reports = [send(sender) for sender in senders]
+    assert reports[0].num_bytes == 0 and reports[1].num_bytes == 4 * 16 + 2 * 8 + 4 * 10
+    assert all(bool(report.digests.any()) for report in reports)
+
+
+def test_workers_get_their_own_slices_and_nobody_gets_what_nobody_wants() -> None:
+    wire = Wire("e", [frozenset()] * 2)
+    upper, lower = plan(("a", TENSORS["a"][:3], "float32")), plan(("a", TENSORS["a"][3:], "float32"))
+    source = Rows()
+    assert send(sender_of([wire], [source], plans=(upper, lower), batch_bytes=1 << 20)).num_bytes == 96
+    assert [parcel.peer for parcel in wire.sent] == [10, 11]
+    assert torch.equal(wire.sent[1].tensor, TENSORS["a"][3:])
+    assert source.yielded == list(TENSORS)  # to the end: the last ones may be collectives
+
+
+@pytest.mark.parametrize("lasts", [0, 2])
+def test_an_engine_that_cannot_be_sent_to_is_closed_and_the_other_gets_everything(lasts: int) -> None:
+    wires = [Wire("bad", [frozenset()], lasts=lasts), Wire("good", [frozenset()])]
+    report = send(sender_of(wires, [Rows()]), 2)
+    assert dict(report.lost) == {"bad": Loss("ConnectionError: cut")}
+    assert wires[0].is_closed and not wires[1].is_closed and len(wires[0].sent) < len(wires[1].sent)
+    alone = Wire("alone", [frozenset()])
+    assert torch.equal(send(sender_of([alone], [Rows()])).digests, report.digests)
+    assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(alone.sent, wires[1].sent, strict=True))
+
+
+def test_what_comes_back_different_is_named_when_everything_is_compared() -> None:
+    wire = Wire("e", [frozenset()])
+    report = send(sender_of([wire], [Rows()]), verify="full")
+    assert set(report.mismatches["e"]) == {"a", "b", "c"}
+    assert send(sender_of([Wire("e", [frozenset()])], [Rows()])).mismatches == {}
