@@ -1,4 +1,4 @@
-"""Publishes to real engines on real GPUs: over NCCL to another GPU, and through the host to a shared one.
+"""Publishes to real engines on real GPUs: over NCCL to another GPU, and through shared memory to the trainer's own.
 
 Run on a machine with NVIDIA GPUs: `pytest tests/gpu`.
 """
@@ -16,11 +16,12 @@ from shoal.engines.command import LOOPBACK, EngineSpec
 from shoal.engines.fleet import Fleet
 from shoal.engines.process import choose_ports
 from shoal.testing import tiny_model, tiny_tokenizer
+from shoal.trainer.exchange import Exchange
 from shoal.types import Rollout, RolloutRequest, SamplingSettings
-from shoal.weights.link import EngineLink
+from shoal.weights.group import EngineAddress, PublishSettings
 from shoal.weights.publisher import WeightPublisher
-from shoal.weights.source import make_source
-from shoal.wire.rendezvous import GroupBackend
+from shoal.weights.sources import make_source
+from shoal.wire.transport import Backend
 
 NUM_GPUS = torch.cuda.device_count()
 PROMPT = tuple(range(10, 60))
@@ -47,29 +48,35 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model.eval(), folder
 
 
+@pytest.mark.parametrize("verify", ["digest", "full"])
 @pytest.mark.parametrize(
     ("devices", "backend", "num_needed"),
     [
         pytest.param(("1",), "nccl", 2, id="NCCL to another GPU"),
-        pytest.param(("0",), "gloo", 1, id="through the host to the trainer's own GPU"),
-        pytest.param(("0", "1"), "gloo", 2, id="TP 2 over both GPUs"),
+        pytest.param(("0",), "ipc", 1, id="shared memory on the trainer's own GPU"),
+        pytest.param(("0", "1"), "ipc", 2, id="shared memory, TP 2 over both GPUs"),
     ],
 )
 def test_an_engine_computes_with_what_was_published(
-    policy: tuple[Any, Path], devices: tuple[str, ...], backend: GroupBackend, num_needed: int, tmp_path: Path
+    policy: tuple[Any, Path], devices: tuple[str, ...], backend: Backend, num_needed: int, verify: Any, tmp_path: Path
 ) -> None:
     if num_needed > NUM_GPUS:
         pytest.skip(f"needs {num_needed} GPUs, found {NUM_GPUS}")
     model, folder = policy
     with _fleet(folder, devices, tmp_path) as fleet:
         (engine,) = fleet.engines
-        link = EngineLink(engine.client, num_workers=len(devices), backend=backend, host=LOOPBACK, timeout_s=TIMEOUT_S)
-        publisher = WeightPublisher(make_source(model), [link], TIMEOUT_S)
+        publisher = WeightPublisher(
+            {"model": make_source(model)},
+            [EngineAddress(client=engine.client, num_workers=len(devices), backend=backend)],
+            ranks=Exchange(rank=0, world_size=1, device=torch.device("cuda:0")),
+            device=torch.device("cuda:0"),
+            settings=PublishSettings(host=LOOPBACK, timeout_s=TIMEOUT_S, verify=verify),
+        )
         publisher.connect()
         texts = []
         loop = asyncio.new_event_loop()
         for version in range(3):
-            publisher.publish(version)
+            assert publisher.publish(version).num_digests > 0
             rollout = loop.run_until_complete(engine.client.generate(_request()))
             texts.append(rollout.token_ids.tolist())
             assert _difference(model, rollout) < 0.06

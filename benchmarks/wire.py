@@ -1,0 +1,189 @@
+"""Time a full set of weights from one trainer rank to one worker through a transport, beside what torch does raw.
+
+    python benchmarks/wire.py --backend nccl --gib 16 --tensors 399      # 2 GPUs
+    python benchmarks/wire.py --backend ipc --gib 16 --tensors 399       # 1 GPU, or 2 with --worker-gpu 1
+    python benchmarks/wire.py --backend gloo --gib 0.25 --tensors 399    # no GPU
+
+The last line is one JSON object. Rates are in GB/s (10^9 bytes), the median over the repeats; a repeat is timed on
+the sender from the first call to the end of `finish`, which for all but Gloo means that the receiver has everything.
+`batch_isend_irecv` and `broadcast` need a torch process group, hence are missing beside `ipc` on one GPU, where NCCL
+refuses two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from shoal.protocols import Parcel
+from shoal.wire.rendezvous import Store, host_store, join_store
+from shoal.wire.transport import DEFAULT_STAGING_BYTES, make_transport
+
+HOST = "127.0.0.1"
+TIMEOUT_S = 120.0
+
+
+def main() -> None:
+    """Start the worker, be the trainer, print the result."""
+    arguments = _arguments()
+    if arguments.port:
+        _member(arguments, join_store(HOST, arguments.port, TIMEOUT_S), rank=1)
+        return
+    store = host_store(HOST, TIMEOUT_S)
+    worker = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--port", str(store.port)])
+    try:
+        rates = _member(arguments, store, rank=0)
+        worker.wait(timeout=TIMEOUT_S)
+    finally:
+        worker.kill()
+        worker.wait()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    machine = {"gpus": gpus, "python": platform.python_version(), "torch": torch.__version__, "nccl": nccl}
+    settings = {name: getattr(arguments, name) for name in ("backend", "gib", "tensors", "batch_mib", "staging_mib")}
+    print(json.dumps({**settings, "worker_gpu": arguments.worker_gpu, **rates, **machine}))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", choices=("gloo", "nccl", "ipc"), required=True)
+    parser.add_argument("--gib", type=float, default=16.0, help="bytes in all")
+    parser.add_argument("--tensors", type=int, default=399)
+    parser.add_argument("--batch-mib", type=float, default=1024.0, help="bytes under way at once")
+    parser.add_argument("--staging-mib", type=int, default=DEFAULT_STAGING_BYTES >> 20, help="ipc only")
+    parser.add_argument("--worker-gpu", type=int, default=None, help="default: 1 for nccl, 0 for ipc")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker_gpu is None:
+        arguments.worker_gpu = 1 if arguments.backend == "nccl" else 0
+    return arguments
+
+
+def _member(arguments: argparse.Namespace, store: Store, rank: int) -> dict[str, float]:
+    """Be one end of every method, and return the rates in GB/s that this end saw."""
+    on_gpu = arguments.backend != "gloo"
+    device = torch.device("cuda", arguments.worker_gpu * rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    tensors = _tensors(arguments, device, rank)
+    began = time.perf_counter()
+    transport = make_transport(
+        store,
+        backend=arguments.backend,
+        rank=rank,
+        num_trainers=1,
+        num_workers=1,
+        host=HOST,
+        device=device,
+        timeout_s=TIMEOUT_S,
+        staging_bytes=arguments.staging_mib << 20,
+    )
+    results = {"connect_s": time.perf_counter() - began}
+    batches = _batches(tensors, arguments.batch_mib * 2**20)
+
+    def through_transport() -> None:
+        operation = transport.send if rank == 0 else transport.receive
+        for batch in batches:
+            operation([Parcel(tensor, 1 - rank) for tensor in batch]).wait()
+        transport.finish(TIMEOUT_S)
+
+    def meet(name: str) -> None:
+        store.set(f"{name}/{rank}", "")
+        store.wait([f"{name}/{1 - rank}"], timedelta(seconds=TIMEOUT_S))
+
+    num_bytes = sum(tensor.nbytes for tensor in tensors)
+
+    def rate(name: str, transfer: Callable[[], None]) -> None:
+        seconds = []
+        for repeat in range(arguments.repeats + 1):
+            meet(f"{name}/{repeat}")
+            start = time.perf_counter()
+            transfer()
+            seconds.append(time.perf_counter() - start)
+        results[f"{name}_first_gb_s"] = num_bytes / seconds[0] / 1e9
+        results[f"{name}_gb_s"] = num_bytes / statistics.median(seconds[1:]) / 1e9
+
+    rate("transport", through_transport)
+    if rank == 1:
+        assert all(bool((tensor == index % 251).all()) for index, tensor in enumerate(tensors)), "wrong values arrived"
+    meet("checked")
+    if arguments.backend != "ipc" or arguments.worker_gpu != 0:
+        _rate_torch(arguments, store, rank, batches, rate)
+    meet("over")
+    transport.close()
+    return {name: round(value, 3) for name, value in results.items()}
+
+
+def _rate_torch(
+    arguments: argparse.Namespace,
+    store: Store,
+    rank: int,
+    batches: list[list[torch.Tensor]],
+    rate: Callable[[str, Callable[[], None]], None],
+) -> None:
+    """Time torch's own ways on a default process group."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch_store = dist.PrefixStore("torch", store)  # type: ignore[attr-defined,arg-type]
+    dist.init_process_group(
+        "gloo" if arguments.backend == "gloo" else "nccl", store=torch_store, rank=rank, world_size=2
+    )
+
+    def synchronize() -> None:
+        if arguments.backend != "gloo":
+            torch.cuda.synchronize()
+
+    def pairs() -> None:
+        operation = dist.isend if rank == 0 else dist.irecv
+        for batch in batches:
+            works = dist.batch_isend_irecv([dist.P2POp(operation, tensor, 1 - rank) for tensor in batch])
+            for work in works:
+                work.wait()
+        synchronize()
+
+    def broadcast() -> None:
+        for batch in batches:
+            for tensor in batch:
+                dist.broadcast(tensor, 0)
+        synchronize()
+
+    rate("batch_isend_irecv", pairs)
+    rate("broadcast", broadcast)
+    dist.destroy_process_group()
+
+
+def _tensors(arguments: argparse.Namespace, device: torch.device, rank: int) -> list[torch.Tensor]:
+    """Make tensors of the sizes of a language model's: a few large ones, most middling, some tiny."""
+    shares = [(16, 4, 4, 1, 0.001)[index % 5] for index in range(arguments.tensors)]
+    scale = arguments.gib * 2**30 / 2 / sum(shares)
+    return [
+        torch.full((max(1, int(share * scale)),), index % 251 if rank == 0 else -1, dtype=torch.bfloat16, device=device)
+        for index, share in enumerate(shares)
+    ]
+
+
+def _batches(tensors: list[torch.Tensor], limit: float) -> list[list[torch.Tensor]]:
+    batches: list[list[torch.Tensor]] = []
+    size = limit
+    for tensor in tensors:
+        if size + tensor.nbytes > limit:
+            batches.append([])
+            size = 0.0
+        batches[-1].append(tensor)
+        size += tensor.nbytes
+    return batches
+
+
+if __name__ == "__main__":
+    main()
