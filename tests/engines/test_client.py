@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 
 from shoal.engines.client import EngineClient
 from shoal.engines.process import choose_ports
-from shoal.errors import EngineRequestError
+from shoal.errors import EngineFaultError, EngineRequestError
 from shoal.protocols import RolloutEngine
 from shoal.types import Rollout, RolloutRequest, SamplingSettings
 
@@ -129,6 +130,15 @@ def test_a_good_answer_becomes_a_rollout(server: Server) -> None:
     assert rollout.token_ids.tolist() == [5, 6, 2] and rollout.token_ids.dtype == np.int32
     assert rollout.rollout_logprobs.tolist() == [-0.5, -1.25, 0.0] and rollout.rollout_logprobs.dtype == np.float32
     assert (rollout.finish_reason, rollout.weight_version, rollout.engine) == ("stop", 6, "engine-4")
+
+
+def test_an_adapter_is_asked_for_by_its_name(server: Server) -> None:
+    server.say(GOOD)
+    generate(client_of(server.url))
+    generate(
+        EngineClient(name="e", url=server.url, api_key=KEY, log_path=LOG, request_timeout_s=10, model="policy-adapter")
+    )
+    assert [body["model"] for _, _, body in server.asked] == ["policy", "policy-adapter"]
 
 
 def test_a_completion_cut_by_length_says_so(server: Server) -> None:
@@ -265,6 +275,28 @@ def test_a_control_route_gets_the_body_and_the_key_and_gives_the_answer(server: 
     )
 
 
+def test_a_completion_is_salted_once_there_is_a_salt(server: Server) -> None:
+    server.say(GOOD)
+    generate(client_of(server.url))
+    salted = client_of(server.url)
+    salted.cache_salt = "7f"
+    generate(salted)
+    assert [body.get("cache_salt") for _, _, body in server.asked] == [None, "7f"]  # vLLM refuses an empty one
+
+
+def test_running_completions_are_counted_from_the_engines_metrics(server: Server) -> None:
+    client = client_of(server.url)
+    server.body = b"""# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="policy"} 3.0
+vllm:num_requests_running{engine="1",model_name="policy"} 4.0
+vllm:num_requests_running_total{engine="0"} 50.0
+"""
+    assert client.num_running(5) == 7
+    server.body = b"{}"
+    assert "vllm:num_requests_running" in failure(lambda: client.num_running(5))
+    client.close()
+
+
 def test_an_engine_that_is_gone_is_told_for_both_halves() -> None:
     url = f"http://127.0.0.1:{choose_ports(1, None)[0]}"
     assert "did not answer /v1/completions" in failure(lambda: generate(client_of(url)))
@@ -273,11 +305,12 @@ def test_an_engine_that_is_gone_is_told_for_both_halves() -> None:
 
 def test_health_is_a_200_from_a_server_that_answers(server: Server) -> None:
     client = client_of(server.url)
-    assert client.is_healthy()
+    assert client.is_healthy() and not client.has_died()
     server.status = 503
-    assert not client.is_healthy()
+    assert not client.is_healthy() and client.has_died()
     client.close()
-    assert not client_of(f"http://127.0.0.1:{choose_ports(1, None)[0]}").is_healthy()
+    nobody = client_of(f"http://127.0.0.1:{choose_ports(1, None)[0]}")
+    assert not nobody.is_healthy() and nobody.has_died()
 
 
 def test_a_proxy_in_the_environment_never_sees_loopback_traffic(
@@ -325,3 +358,90 @@ def test_a_connection_is_not_used_again_about_the_time_when_vllm_closes_it(serve
     )
     assert first != second and control != later_control  # after 2.5 idle seconds: new ones
     assert third == second  # the control: without a pause, the same one
+
+
+# ---- what the pool needs to know ----
+
+
+def asynchronously(client: EngineClient, act: Callable[[], Any]) -> Any:
+    async def run() -> Any:
+        try:
+            return await act()
+        finally:
+            await client.aclose()
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(("status", "is_fault"), [(400, False), (401, False), (404, False), (408, True), (429, True),
+                                                  (500, True), (503, True)])  # fmt: skip
+def test_what_the_engine_is_to_blame_for_differs_from_what_is_wrong_with_the_request(
+    status: int, is_fault: bool, server: Server
+) -> None:
+    server.status = status
+    with pytest.raises(EngineRequestError) as error:
+        generate(client_of(server.url))
+    assert isinstance(error.value, EngineFaultError) == is_fault
+
+
+@pytest.mark.parametrize("answer", [b"<html>a proxy</html>", {}, changed(token_ids=[5, 6]), changed(finish_reason="x")])
+def test_nonsense_is_the_engines_fault_and_a_model_that_does_not_compute_is_not(answer: Any, server: Server) -> None:
+    server.say(answer)
+    with pytest.raises(EngineFaultError):
+        generate(client_of(server.url))
+    server.say(changed(logprobs={"token_logprobs": [-0.5, float("nan"), -1.0]}))
+    with pytest.raises(EngineRequestError) as error:
+        generate(client_of(server.url))
+    assert not isinstance(error.value, EngineFaultError)
+
+
+def test_a_report_is_read_from_the_engines_metrics(server: Server) -> None:
+    server.body = b"vllm:num_requests_running 3.0\nvllm:num_requests_waiting 1.0\nvllm:kv_cache_usage_perc 0.5\n"
+    client = client_of(server.url)
+    report = asynchronously(client, client.report)
+    assert (report.running, report.waiting, report.kv_usage) == (3, 1, 0.5)
+    assert [path for path, _, _ in server.asked] == ["/metrics"]
+
+
+@pytest.mark.parametrize(("status", "body"), [(200, b"<html>"), (500, b"{}"), (200, b"")])
+def test_a_report_that_is_none_is_the_engines_fault(status: int, body: bytes, server: Server) -> None:
+    server.status, server.body = status, body
+    client = client_of(server.url)
+    with pytest.raises(EngineFaultError, match="/metrics"):
+        asynchronously(client, client.report)
+
+
+def named(name: str) -> RolloutRequest:
+    return replace(REQUEST, name=name)
+
+
+def test_a_completion_that_was_cut_is_handed_over_as_far_as_it_is(server: Server) -> None:
+    for tokens in ([5, 6, 2], []):
+        server.say(changed(token_ids=tokens, logprobs={"token_logprobs": [-1.0] * len(tokens)}, finish_reason="abort"))
+        server.delay_s = 0.2
+        client = client_of(server.url)
+
+        async def run(client: EngineClient = client) -> Rollout:
+            task = asyncio.create_task(client.generate(named("run-7")))
+            await asyncio.sleep(0.05)
+            await client.cut("run-7")
+            return await task
+
+        rollout = asynchronously(client, run)
+        assert (rollout.finish_reason, rollout.token_ids.tolist()) == ("cut", tokens)
+    (_, headers, _), (path, _, body), *_ = server.asked
+    assert headers["X-Request-Id"] == "run-7"
+    assert (path, body) == ("/abort_requests", {"request_ids": ["cmpl-run-7-0"]})
+
+
+def test_an_abort_that_nobody_asked_for_is_refused_as_ever(server: Server) -> None:
+    server.say(changed(finish_reason="abort"))
+    client = client_of(server.url)
+
+    async def run() -> None:
+        await client.cut("run-7")  # it is not under way: nothing is sent
+        with pytest.raises(EngineFaultError, match="finish_reason 'abort'"):
+            await client.generate(named("run-7"))
+
+    asynchronously(client, run)
+    assert [path for path, _, _ in server.asked] == ["/v1/completions"]

@@ -10,7 +10,7 @@ import pytest
 
 from shoal.engines.command import EngineSpec, serve_command, serve_environment
 from shoal.vllm_plugin.gate import KEY_VARIABLE
-from shoal.vllm_plugin.register import BACKEND
+from shoal.vllm_plugin.worker import ShoalWorker
 
 KEY = "a-secret-of-this-run"
 SPEC = EngineSpec(
@@ -59,7 +59,7 @@ def flags(spec: EngineSpec) -> dict[str, str | None]:
     for index, word in enumerate(command):
         if word.startswith("--"):
             following = command[index + 1] if index + 1 < len(command) else "--"
-            assert word not in found, f"{word} is given twice"
+            assert word not in found or word == "--middleware", f"{word} is given twice"
             found[word] = None if following.startswith("--") else following
     return found
 
@@ -68,7 +68,7 @@ def test_the_engine_listens_on_loopback_alone_behind_the_gate() -> None:
     given = flags(SPEC)
     assert given["--host"] == "127.0.0.1"
     assert given["--port"] == "8123"
-    assert given["--middleware"] == "shoal.vllm_plugin.gate.ApiKeyGate"
+    assert given["--middleware"] == "shoal.vllm_plugin.gate.ApiKeyGate"  # the last: what comes first in the way
 
 
 def test_the_key_is_in_the_environment_and_on_no_command_line() -> None:
@@ -89,7 +89,23 @@ def test_the_model_and_what_makes_its_text_reproducible_are_given() -> None:
 def test_no_weights_are_read_and_shoals_own_transfer_brings_them() -> None:
     given = flags(SPEC)
     assert given["--load-format"] == "dummy"
-    assert json.loads(given["--weight-transfer-config"] or "") == {"backend": BACKEND}
+    assert given["--worker-extension-cls"] == f"{ShoalWorker.__module__}.{ShoalWorker.__qualname__}"
+
+
+def test_an_engine_with_an_adapter_reads_its_base_and_is_asked_for_the_adapter() -> None:
+    spec = replace(SPEC, lora_adapter=Path("/runs/a b/adapter"), max_lora_rank=12)
+    given = flags(spec)
+    assert given["--enable-lora"] is None
+    assert (given["--max-loras"], given["--max-lora-rank"]) == ("1", "16")  # vLLM takes certain ranks only
+    module = json.loads(given["--lora-modules"] or "")
+    assert module == {"name": spec.request_model, "path": "/runs/a b/adapter"}
+    assert module["name"] != given["--served-model-name"] == SPEC.request_model
+    assert not any("lora" in word for word in serve_command(SPEC))
+
+
+def test_an_adapter_that_vllm_cannot_serve_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rank 513.*largest is 512"):
+        serve_command(replace(SPEC, lora_adapter=Path("/adapter"), max_lora_rank=513))
 
 
 def test_without_a_longest_length_the_models_own_holds() -> None:

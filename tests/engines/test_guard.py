@@ -6,6 +6,7 @@ ignores SIGTERM. All of them carry a marker in their environment, by which they 
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 os.setsid()
-print("stubborn up", flush=True)
+os.write(1, b"stubborn up\\n")  # in one piece: two processes write to this pipe
 time.sleep(60)
 """
 # Starts the stubborn one and dies: what it leaves behind is an orphan.
@@ -35,10 +36,10 @@ import subprocess, sys
 subprocess.Popen([sys.executable, "-c", {STUBBORN!r}])
 """
 COMMAND = f"""
-import subprocess, sys, time
+import os, subprocess, sys, time
 subprocess.run([sys.executable, "-c", {SHORT!r}])
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print("command up", flush=True)
+os.write(1, b"command up\\n")
 time.sleep(60)
 """
 # The trainer's part: starts a guarded command and does nothing to end it.
@@ -199,3 +200,26 @@ def test_a_command_that_cannot_be_run_is_an_error_that_says_so(marker: str) -> N
     out, _ = guard.communicate(timeout=20)
     assert guard.returncode != 0
     assert "/nowhere/vllm" in out
+
+
+def test_shared_memory_that_a_killed_command_leaves_is_removed_and_no_other(marker: str) -> None:
+    own, common, foreign = (Path("/dev/shm") / f"shoal-test-{marker}-{which}" for which in ("own", "common", "foreign"))
+    code = (
+        "import mmap, sys, time\n"
+        "def share(path):\n"
+        "    file = open(path, 'a+b'); file.truncate(4096); return mmap.mmap(file.fileno(), 4096)\n"
+        "maps = [share(path) for path in sys.argv[1:]]; print('up', flush=True); time.sleep(60)"
+    )
+    foreign.write_bytes(b"mapped by nobody")
+    guard = start_guarded([sys.executable, "-c", code, str(own), str(common)], marker)
+    try:
+        assert guard.stdout is not None and guard.stdout.readline() == "up\n"
+        with common.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+            time.sleep(0.6)  # the guard looks a few times a second
+            (command,) = psutil.Process(guard.pid).children()
+            command.kill()
+            guard.wait(timeout=20)
+            assert [path.exists() for path in (own, common, foreign)] == [False, True, True]
+    finally:
+        for path in (own, common, foreign):
+            path.unlink(missing_ok=True)

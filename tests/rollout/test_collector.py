@@ -11,7 +11,8 @@ import pytest
 
 from shoal.errors import EngineRequestError, RewardError
 from shoal.rollout.collector import GroupRequest, RolloutCollector
-from shoal.rollout.pool import EnginePool
+from shoal.rollout.dispatch import DispatchSettings
+from shoal.rollout.pool import EnginePool, PoolSettings
 from shoal.testing import FakeEngine
 from shoal.types import CompletionLike, Prompt, Rollout, RolloutRequest, SamplingSettings, ScoredGroup
 
@@ -46,7 +47,10 @@ async def score(prompt: Prompt, rollouts: tuple[Rollout, ...], completions: tupl
 
 
 def collector(engines: list[Any], score: Any = score, max_in_flight: int = 100) -> RolloutCollector:
-    pool = EnginePool(engines, max_in_flight=max_in_flight, affinity_margin=2)
+    dispatch = DispatchSettings(max_in_flight=max_in_flight, affinity_margin=2)
+    pool = EnginePool(engines, PoolSettings(dispatch=dispatch, stall_s=30.0))
+    pool.publishing(0)
+    pool.proven(0, [engine.name for engine in engines])
     return RolloutCollector(pool, decode=decode, score=score)
 
 
@@ -84,22 +88,20 @@ def test_a_group_holds_its_own_samples_with_their_own_seeds_and_texts() -> None:
 def test_a_finished_group_is_rewarded_while_another_still_generates() -> None:
     rewarded = asyncio.Event()
 
-    class WaitsForTheReward:
+    class WaitsForTheReward(FakeEngine):
         """Its last group does not end before the first one's reward has begun: else this test would time out."""
-
-        name = "e"
 
         async def generate(self, request: RolloutRequest) -> Rollout:
             if request.seed >= 1000:
                 await asyncio.wait_for(rewarded.wait(), timeout=2)
-            return await FakeEngine("e").generate(request)
+            return await super().generate(request)
 
     async def noting(prompt: Prompt, rollouts: tuple[Rollout, ...], texts: tuple[CompletionLike, ...]) -> ScoredGroup:
         if prompt.row == 0:
             rewarded.set()
         return scored(prompt, rollouts, texts)
 
-    groups = asyncio.run(collector([WaitsForTheReward()], noting).collect(group_request(2, 2)))
+    groups = asyncio.run(collector([WaitsForTheReward("e")], noting).collect(group_request(2, 2)))
     assert [group.prompt.row for group in groups] == [0, 1]
 
 
@@ -135,9 +137,17 @@ def test_a_reward_that_fails_cancels_generation_and_its_error_is_raised() -> Non
     asyncio.run(run())
 
 
-def test_an_engine_that_fails_cancels_the_other_groups_and_their_rewards() -> None:
+def test_a_request_that_is_refused_cancels_the_other_groups_and_their_rewards() -> None:
     cancelled: list[int] = []
-    engine = FakeEngine("e", delay_s=lambda seed: 0.05 if seed >= 1000 else 0.0, fails=lambda seed: seed >= 1000)
+
+    class Refusing(FakeEngine):
+        async def generate(self, request: RolloutRequest) -> Rollout:
+            rollout = await super().generate(request)
+            if request.seed >= 1000:
+                raise EngineRequestError("e refuses")
+            return rollout
+
+    engine = Refusing("e", delay_s=lambda seed: 0.05 if seed >= 1000 else 0.0)
 
     async def endless(prompt: Prompt, rollouts: tuple[Rollout, ...], texts: tuple[CompletionLike, ...]) -> ScoredGroup:
         try:
@@ -148,7 +158,7 @@ def test_an_engine_that_fails_cancels_the_other_groups_and_their_rewards() -> No
         return scored(prompt, rollouts, texts)
 
     async def run() -> None:
-        with pytest.raises(EngineRequestError, match="e was told to fail"):
+        with pytest.raises(EngineRequestError, match="e refuses"):
             await asyncio.wait_for(collector([engine], endless).collect(group_request(2, 2)), timeout=3)
         assert len(asyncio.all_tasks()) == 1
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from shoal import vllm_compat
 from shoal.vllm_plugin.gate import KEY_VARIABLE
-from shoal.vllm_plugin.register import BACKEND
 
 SERVED_MODEL_NAME = "policy"
+SERVED_ADAPTER_NAME = "policy-adapter"
 LOOPBACK = "127.0.0.1"
 
 # Set by torchrun and accelerate for the trainer's own ranks; vLLM's workers would take them for theirs.
@@ -41,6 +41,9 @@ class EngineSpec:
         cpu_kv_cache_gib: Memory for the KV cache of each worker (CPU engines only).
         seed: vLLM's own; every sample brings its own seed as well.
         extra_arguments: Further `vllm serve` options, such as `{"max-num-seqs": 64}`; True for a bare flag.
+        lora_adapter: Folder with an adapter of the trainer's shape whose scaling is 1. The engine then serves this
+            adapter, and after the first publish the trainer sends it alone. None for a whole model.
+        max_lora_rank: The adapter's largest rank.
     """
 
     name: str
@@ -56,6 +59,13 @@ class EngineSpec:
     cpu_kv_cache_gib: int
     seed: int
     extra_arguments: Mapping[str, object]
+    lora_adapter: Path | None = None
+    max_lora_rank: int = 16
+
+    @property
+    def request_model(self) -> str:
+        """What a request has to name as its model."""
+        return SERVED_MODEL_NAME if self.lora_adapter is None else SERVED_ADAPTER_NAME
 
     @property
     def num_workers(self) -> int:
@@ -75,20 +85,32 @@ def serve_command(spec: EngineSpec) -> list[str]:
         "pipeline-parallel-size": spec.pipeline_parallel_size,
         # The first publish fills the engine, and nothing is served before it is proven.
         "load-format": "dummy",
-        "weight-transfer-config": json.dumps({"backend": BACKEND}),
-        "middleware": "shoal.vllm_plugin.gate.ApiKeyGate",
+        "worker-extension-cls": "shoal.vllm_plugin.worker.ShoalWorker",
+        # The last one comes first in the way of a request.
+        "middleware": ["shoal.vllm_plugin.publish_route.PublishRoute", "shoal.vllm_plugin.gate.ApiKeyGate"],
         # Logprobs of the distribution that was sampled from, temperature included.
         "logprobs-mode": "processed_logprobs",
         # Sampling is the trainer's decision; a model's generation_config.json must not change it.
         "generation-config": "vllm",
         "disable-uvicorn-access-log": True,
     }
+    if spec.lora_adapter is not None:
+        options |= {
+            "enable-lora": True,
+            "max-loras": 1,
+            "max-lora-rank": vllm_compat.round_up_lora_rank(spec.max_lora_rank),
+            # Loaded when the server starts.
+            "lora-modules": json.dumps({"name": SERVED_ADAPTER_NAME, "path": str(spec.lora_adapter)}),
+        }
     if spec.max_model_len is not None:
         options["max-model-len"] = spec.max_model_len
     if spec.cuda_devices:
         options["gpu-memory-utilization"] = spec.gpu_memory_utilization
     else:
         options["enforce-eager"] = True
+        # vLLM's CPU workers die when a step takes a part of the prompt of a request with a seed (0.32: "CPU Generator
+        # does not use offset").
+        options["no-enable-chunked-prefill"] = True
     if spec.num_workers > 1:
         # The default would be Ray where Ray runs, for engines within one host too.
         options["distributed-executor-backend"] = "mp"
@@ -104,11 +126,7 @@ def serve_environment(spec: EngineSpec, api_key: str, base: Mapping[str, str]) -
         api_key: The run's key.
         base: The trainer's environment.
     """
-    environment = {
-        name: value
-        for name, value in base.items()
-        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
+    environment = without_launcher_variables(base)
     environment |= {
         KEY_VARIABLE: api_key,
         "VLLM_SERVER_DEV_MODE": "1",  # the pause and weight-update routes; the gate guards them
@@ -117,6 +135,7 @@ def serve_environment(spec: EngineSpec, api_key: str, base: Mapping[str, str]) -
         "DO_NOT_TRACK": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # its routes could put another adapter in place of the published one
     }
     if spec.cuda_devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(spec.cuda_devices)
@@ -132,12 +151,22 @@ def serve_environment(spec: EngineSpec, api_key: str, base: Mapping[str, str]) -
     return environment
 
 
+def without_launcher_variables(base: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without what torchrun and accelerate set for the trainer's own ranks."""
+    return {
+        name: value
+        for name, value in base.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+
+
 def _flags(options: Mapping[str, object]) -> Sequence[str]:
     flags: list[str] = []
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
-        if value is True:
-            flags.append(flag)
-        elif value is not False and value is not None:
-            flags += [flag, str(value)]
+        for item in value if isinstance(value, list) else [value]:
+            if item is True:
+                flags.append(flag)
+            elif item is not False and item is not None:
+                flags += [flag, str(item)]
     return flags

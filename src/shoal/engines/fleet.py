@@ -43,6 +43,7 @@ class Fleet:
 
     def __init__(self, engines: Sequence[ManagedEngine]) -> None:
         self.engines = tuple(engines)
+        self._ended: set[str] = set()
 
     @classmethod
     def start(
@@ -78,6 +79,7 @@ class Fleet:
                     api_key=api_key,
                     log_path=process.log_path,
                     request_timeout_s=request_timeout_s,
+                    model=spec.request_model,
                 )
                 engines.append(ManagedEngine(process=process, client=client))
                 fleet.engines = tuple(engines)
@@ -88,17 +90,27 @@ class Fleet:
         return fleet
 
     def check_alive(self) -> None:
-        """Raise if an engine has ended.
+        """Raise if an engine has ended by itself.
 
         Raises:
             EngineError: Naming the engine, why it died and its log file.
         """
         for engine in self.engines:
-            if (status := engine.process.exit_status()) is not None:
-                raise EngineError(
-                    f"{engine.name} ended with status {status}: {engine.process.why_it_died()} "
-                    f"(see {engine.process.log_path})"
-                )
+            if engine.name not in self._ended and (why := self.why_ended(engine.name)) is not None:
+                raise EngineError(f"{engine.name} {why}")
+
+    def why_ended(self, name: str) -> str | None:
+        """Return with which status an engine's process has ended, why, and where its log is; None while it runs."""
+        process = self._named(name).process
+        status = process.exit_status()
+        if status is None:
+            return None
+        return f"ended with status {status}: {process.why_it_died()} (see {process.log_path})"
+
+    def end(self, name: str) -> None:
+        """End one engine, without waiting for it; the others run on."""
+        self._ended.add(name)
+        self._named(name).process.ask_to_end()
 
     def close(self) -> None:
         """End every engine and wait until nothing of them is left. Calling it again does nothing."""
@@ -115,6 +127,9 @@ class Fleet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _named(self, name: str) -> ManagedEngine:
+        return next(engine for engine in self.engines if engine.name == name)
 
     def _wait_ready(self, timeout_s: float, on_progress: StartProgress | None) -> None:
         began = time.monotonic()

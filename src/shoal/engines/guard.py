@@ -5,7 +5,7 @@
 The guard is the command's parent. It ends the command, and everything that the command started, when it is told to
 (SIGTERM), when the command's first process ends, and when process PID is gone, however that came about: `kill -9` of
 the trainer leaves it no time to clean up, so somebody else must. As a child subreaper the guard inherits every process
-whose own parent dies, so none can slip away. Linux only.
+whose own parent dies, so none can slip away. Shared memory that they leave behind is removed. Linux only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import time
 from types import FrameType
 
 import psutil
+
+from shoal.engines.shared_memory import SharedMemory
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.2
@@ -48,13 +50,15 @@ def main() -> int:
     if arguments.cores:
         os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
     command = subprocess.Popen(arguments.command, start_new_session=True)
+    memory = SharedMemory()
     status: int | None = None
     while status is None and not told.to_end and os.getppid() == arguments.parent:
         try:
             status = command.wait(timeout=_POLL_S)
         except subprocess.TimeoutExpired:
-            continue
+            memory.look(lambda: [process.pid for process in psutil.Process().children(recursive=True)])
     _end_descendants(arguments.grace_s if status is None else 0.0)
+    memory.remove()
     return 143 if status is None else status
 
 

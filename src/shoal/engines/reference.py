@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.types import FinishReason, Rollout, RolloutRequest
+from shoal.types import EngineReport, FinishReason, Rollout, RolloutRequest
 
 
 class ReferenceEngine:
@@ -31,6 +31,13 @@ class ReferenceEngine:
     async def generate(self, request: RolloutRequest) -> Rollout:
         """Write one completion: greedy at temperature 0, else by inverse transform of this sample's own stream."""
         return self.complete(request)
+
+    async def cut(self, name: str) -> None:
+        """Go on: it writes one completion at a time, and nothing else meanwhile."""
+
+    async def report(self) -> EngineReport:
+        """Say that it is idle: it does nothing else while it writes."""
+        return EngineReport(running=0, waiting=0)
 
     @torch.no_grad()
     def complete(self, request: RolloutRequest) -> Rollout:

@@ -28,12 +28,14 @@ class GroupRequest:
         num_generations: K samples for each.
         sampling: How to sample.
         seed: Seed of each sample.
+        step: The optimizer step that it is for; samples of an older one go first.
     """
 
     prompts: tuple[Prompt, ...]
     num_generations: int
     sampling: SamplingSettings
     seed: Seed
+    step: int = 0
 
 
 class RolloutCollector:
@@ -54,10 +56,11 @@ class RolloutCollector:
         """Return one scored group for each prompt, in the order of the prompts whatever finished first.
 
         Raises:
-            EngineRequestError: An engine failed.
+            EngineError: No engine is left, or a request cannot be answered.
             RewardError: A reward function failed. In both cases everything under way is cancelled.
         """
-        return await gather_or_cancel(self._collect_group(prompt, request) for prompt in request.prompts)
+        async with self._pool.watching():
+            return await gather_or_cancel(self._collect_group(prompt, request) for prompt in request.prompts)
 
     async def _collect_group(self, prompt: Prompt, request: GroupRequest) -> ScoredGroup:
         rollouts = await self._pool.generate_group(
@@ -66,6 +69,7 @@ class RolloutCollector:
                     prompt_token_ids=prompt.token_ids, seed=request.seed(prompt, sample), sampling=request.sampling
                 )
                 for sample in range(request.num_generations)
-            ]
+            ],
+            step=request.step,
         )
         return await self._score(prompt, rollouts, self._decode(prompt, rollouts))
