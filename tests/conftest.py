@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +14,47 @@ from shoal.engines.command import EngineSpec
 from shoal.testing import tiny_model, tiny_tokenizer
 
 SpecMaker: TypeAlias = Callable[..., EngineSpec]
+
+KillRow: TypeAlias = dict[str, object]
+_KILLS = pytest.StashKey[list[KillRow]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-architectures", action="store_true", help="publish to engines of every architecture, not of two"
+    )
+    parser.addoption("--num-kills", type=int, default=1, help="how often to kill an engine, and a trainer, mid-publish")
+    parser.addoption("--kills-seed", type=int, default=random.randrange(1 << 31), help="of whom and when to kill")
+    parser.addoption("--kills-report", type=Path, help="file to write what became of each to, as JSON")
+    parser.addoption("--soak-rounds", type=int, default=2, help="times that an engine is lost while three write")
+    parser.addoption("--soak-seed", type=int, default=None, help="of the choice of engine, fate and moment")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_KILLS] = []
+
+
+@pytest.fixture(scope="session")
+def kills(pytestconfig: pytest.Config) -> list[KillRow]:
+    """Return the list of what became of each kill, which is printed at the end."""
+    return pytestconfig.stash[_KILLS]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash[_KILLS]
+    if not rows:
+        return
+    terminalreporter.section(f"kills (seed {config.getoption('--kills-seed')})")
+    columns = list(rows[0])
+    widths = [
+        max(len(str(row[column])) for row in (*rows, dict(zip(columns, columns, strict=True)))) for column in columns
+    ]
+    for row in (dict(zip(columns, columns, strict=True)), *rows):
+        cells = (str(row[column]).ljust(width) for column, width in zip(columns, widths, strict=True))
+        terminalreporter.write_line("  ".join(cells).rstrip())
+    if path := config.getoption("--kills-report"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seed": config.getoption("--kills-seed"), "kills": rows}, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,10 @@ class EngineRequestError(EngineError):
     """An engine answered a request with an error, with something malformed, or not at all."""
 
 
+class EngineFaultError(EngineRequestError):
+    """The engine itself is at fault: gone, silent, broken or talking nonsense. Another may well do what was asked."""
+
+
 class WeightSyncError(ShoalError):
     """A publish of weights failed or timed out. The message names the engine and the step of the publish."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from shoal.types import ParameterMeta, Rollout, RolloutRequest
+from shoal.types import EngineReport, Interval, ParameterMeta, Rollout, RolloutRequest
 
 
 @runtime_checkable
@@ -23,19 +24,136 @@ class RolloutEngine(Protocol):
         """Write one completion.
 
         Raises:
-            EngineRequestError: The engine failed or answered with something malformed.
+            EngineRequestError: The request cannot be answered, by this engine or any other.
+            EngineFaultError: The engine failed or answered with something malformed.
+        """
+        ...
+
+    async def cut(self, name: str) -> None:
+        """Have the request of this name return what it has so far, with `finish_reason="cut"`.
+
+        One that has just ended, and an engine that cannot do so, go on as they are.
+
+        Raises:
+            EngineRequestError: The engine did not take it.
+        """
+        ...
+
+    async def report(self) -> EngineReport:
+        """Say what it is doing.
+
+        Raises:
+            EngineFaultError: The engine failed or answered with something malformed.
         """
         ...
 
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """Where the trainer's weights come from, named and shaped as the checkpoint has them."""
+    """One trainer rank's part of the trainer's weights, named and shaped as the checkpoint has them.
+
+    A parameter is cut along its flattened (row-major) elements, which covers every way in which trainers shard: whole
+    parameters (plain, DDP), rows of them (FSDP2), runs of elements (ZeRO-3).
+    """
 
     def metadata(self) -> tuple[ParameterMeta, ...]:
-        """Describe every parameter, in the order in which `tensors` yields them. Sends nothing."""
+        """Describe every parameter in full, in the order in which `tensors` yields them; equal on all ranks."""
+        ...
+
+    def held(self) -> Mapping[str, Interval]:
+        """Return which elements of each parameter this rank has; a parameter that it has nothing of is left out."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each parameter's full current value. On sharded models this is a collective."""
+        """Yield the current values of what `held` names: flat, `[stop - start]`, contiguous, in the trainer's type.
+
+        Every parameter of `metadata` is yielded, in its order, with an empty tensor where this rank has nothing of it.
+        A value is a view of the parameter, or scratch of its own. Making it may be a collective, so all ranks must go
+        through their iterators to the end.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A tensor on its way.
+
+    Attributes:
+        tensor: Contiguous, on the transport's device. Both ends have equally many elements of the same type.
+        peer: Member of the group that it goes to or comes from.
+    """
+
+    tensor: torch.Tensor
+    peer: int
+
+
+class Pending(Protocol):
+    """Parcels under way."""
+
+    def wait(self) -> None:
+        """Make what this thread does next (on a GPU: what it launches next) come after the parcels.
+
+        Raises:
+            Exception: They did not arrive, or could not be sent.
+        """
+        ...
+
+
+@runtime_checkable
+class WeightTransport(Protocol):
+    """What carries tensors between trainer ranks and the workers of one engine.
+
+    A batch of `send` meets the batches of `receive` of its peers: between any two members, parcels pair up in the order
+    in which both list them. Neither call blocks for the peer; `finish` does.
+    """
+
+    def send(self, parcels: Sequence[Parcel]) -> Pending:
+        """Start sending. The tensors must keep their values until the answer was waited for."""
+        ...
+
+    def receive(self, parcels: Sequence[Parcel]) -> Pending:
+        """Start receiving into the tensors, which must not be used until the answer was waited for."""
+        ...
+
+    def finish(self, timeout_s: float) -> None:
+        """Block until all that was started is done.
+
+        Raises:
+            TimeoutError: It was not within `timeout_s`.
+            Exception: A peer or the connection failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave, without waiting for anyone. What is under way is abandoned."""
+        ...
+
+
+class Ranks(Protocol):
+    """How trainer ranks tell one another things. Every method is a collective: all call it, in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        ...
+
+    @property
+    def num_ranks(self) -> int:
+        """Trainer processes."""
+        ...
+
+    def json(self, make: Callable[[], Any]) -> Any:
+        """Call `make` on rank 0 and return its value, of plain JSON types, on all ranks.
+
+        Raises:
+            ShoalError: On the other ranks, when `make` raised; rank 0 raises what it raised.
+        """
+        ...
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return every rank's value, of plain JSON types, on all ranks."""
+        ...
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over ranks of int64 values, modulo 2^64, on all ranks."""
         ...

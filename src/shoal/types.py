@@ -6,8 +6,9 @@ N completion tokens of a micro-batch, S sequences of a micro-batch, F reward fun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -23,7 +24,8 @@ PromptLike: TypeAlias = str | list[Message]
 CompletionLike: TypeAlias = str | list[Message]
 """What reward functions receive: text for text prompts, one assistant message for conversations."""
 
-FinishReason: TypeAlias = Literal["stop", "length"]
+FinishReason: TypeAlias = Literal["stop", "length", "cut"]
+"""Why a completion ended. `"cut"`: its engine was told to hand it over unfinished; never reaches training."""
 
 UNPROVEN = -1
 """Weight version of an engine that holds nothing that was proven."""
@@ -69,11 +71,13 @@ class RolloutRequest:
         prompt_token_ids: The prompt as token ids.
         seed: Seed of this sample alone, derived from (run seed, step, prompt, sample).
         sampling: How to sample.
+        name: By which it can be cut; no other request of its time has it. Empty: it cannot be.
     """
 
     prompt_token_ids: tuple[int, ...]
     seed: int
     sampling: SamplingSettings
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +87,7 @@ class Rollout:
     Attributes:
         token_ids: `[tokens]` int32, the stop token included when there is one.
         rollout_logprobs: `[tokens]` float32, the engine's logprob of each sampled token (after temperature).
-        finish_reason: `"stop"` at a stop token, `"length"` when cut at `max_tokens` or the context's end.
+        finish_reason: `"stop"` at a stop token, `"length"` at `max_tokens` or the context's end.
         weight_version: Version of the weights that wrote it.
         engine: Name of the engine that wrote it.
     """
@@ -93,6 +97,25 @@ class Rollout:
     finish_reason: FinishReason
     weight_version: int
     engine: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReport:
+    """What an engine says of itself at some moment.
+
+    Attributes:
+        running: Completions it is writing, whoever asked for them.
+        waiting: Requests that it has not begun, or has put off for lack of memory.
+        kv_usage: Share of its KV cache in use, 0 to 1.
+        num_preemptions: How often it has put off a completion that it had begun, since it started.
+        num_tokens: Tokens that it has read and written since it started; None if it does not say.
+    """
+
+    running: int
+    waiting: int
+    kv_usage: float = 0.0
+    num_preemptions: int = 0
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +212,28 @@ class ParameterMeta:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def num_elements(self) -> int:
+        """Number of elements of the full parameter."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Interval:
+    """A run of a flattened parameter's elements: `start` to `stop`, the latter not included."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    def overlap(self, other: Interval) -> Interval:
+        """Return what both contain; of size 0 or less where that is nothing."""
+        return Interval(max(self.start, other.start), min(self.stop, other.stop))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
@@ -198,10 +243,18 @@ class PublishReport:
         version: The version that every engine now holds.
         num_workers: Workers that proved it.
         num_digests: Digests compared, over all workers.
+        num_bytes: Sent, over all trainer ranks and engines.
+        lost: Engines that failed and have left, and why.
         seconds: Wall time from the call to the last engine's resumption.
+        phases: What they went to, on this rank: `"pause"`, `"wire"` (from the first tensor loaded to the last one in
+            its place, digests included), `"prove"` (fetching and comparing them) and `"resume"`. Ranks other than 0
+            count all the waiting for the engines as `"prove"`.
     """
 
     version: int
     num_workers: int
     num_digests: int
+    num_bytes: int
+    lost: Mapping[str, str]
     seconds: float
+    phases: Mapping[str, float] = field(default_factory=dict)

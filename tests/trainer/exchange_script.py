@@ -97,6 +97,8 @@ def main() -> None:
         "interrupt": outcome(lambda: exchange.sequences(raises(KeyboardInterrupt()))),
         "not json": outcome(lambda: exchange.json(counted("not json", {1, 2}))),
         "not sequences": outcome(lambda: exchange.sequences(counted("not sequences", ["text"]))),
+        "gathered": outcome(lambda: exchange.gather_json({"rank": rank, "ü": ["x" * 1000 * rank, None]})),
+        "summed": outcome(lambda: exchange.sum(torch.tensor([rank + 1, 2**63 - 1, -(2**63)])).tolist()),
         "after all that": outcome(lambda: exchange.json(counted("after all that", "still here"))),
     }
     results["calls"] = {"value": calls}

@@ -73,9 +73,21 @@ def test_after_failures_the_ranks_still_understand_each_other(outcomes: Any) -> 
     assert [outcome["after all that"]["value"] for outcome in outcomes] == ["still here"] * NUM_PROCESSES
 
 
+def test_every_ranks_value_is_gathered_on_all_ranks_in_order(outcomes: Any) -> None:
+    gathered = [{"rank": 0, "ü": ["", None]}, {"rank": 1, "ü": ["x" * 1000, None]}]
+    assert [outcome["gathered"]["value"] for outcome in outcomes] == [gathered] * NUM_PROCESSES
+
+
+def test_sums_over_ranks_wrap_around_at_two_to_the_sixty_four(outcomes: Any) -> None:
+    assert [outcome["summed"]["value"] for outcome in outcomes] == [[3, -2, 0]] * NUM_PROCESSES
+
+
 def test_a_process_alone_needs_no_group_and_raises_what_was_raised(script: Any) -> None:
     exchange = Exchange(rank=0, world_size=1, device=torch.device("cpu"))
     assert script.plain(exchange.sequences(script.make_sequences)) == script.plain(script.make_sequences())
     assert exchange.json(lambda: {"a": 1}) == {"a": 1}
+    assert exchange.gather_json((1, "ü")) == [[1, "ü"]]  # as JSON leaves it
+    assert exchange.sum(torch.tensor([2**63 - 1])).tolist() == [2**63 - 1]
+    assert (exchange.rank, exchange.num_ranks) == (0, 1)
     with pytest.raises(ZeroDivisionError):
         exchange.sequences(lambda: [1 / 0])  # type: ignore[list-item]

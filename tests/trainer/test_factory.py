@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,14 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoTokenizer
 
-from shoal import GRPOConfig, vllm_compat
-from shoal.engines.fleet import Fleet
+from shoal import GRPOConfig, GRPOTrainer, vllm_compat
 from shoal.errors import ConfigError
-from shoal.placement.records import PlacementPlan
 from shoal.testing import tiny_model, tiny_tokenizer
 from shoal.trainer.factory import (
-    Blueprint,
     _write_engine_model,
     draw_blueprint,
     make_decoder,
     plan_placement,
-    start_rollouts,
 )
 from shoal.types import Prompt, Rollout
 
@@ -107,8 +104,11 @@ def test_a_missing_vllm_is_refused_and_an_untried_one_is_told_of(
 
 def test_an_engine_finds_the_models_configuration_and_tokenizer_but_no_weights(tmp_path: Path) -> None:
     folder = tmp_path / "engines" / "model"
-    _write_engine_model(folder, tiny_model(), tiny_tokenizer())
-    assert AutoConfig.from_pretrained(folder).hidden_size == 64
+    model = tiny_model()
+    assert model.config.architectures is None
+    _write_engine_model(folder, model, tiny_tokenizer())
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.hidden_size, config.architectures) == (64, ["LlamaForCausalLM"])
     assert AutoTokenizer.from_pretrained(folder)("ab").input_ids == tiny_tokenizer()("ab").input_ids
     assert not list(folder.glob("*.safetensors")) and (folder / "generation_config.json").exists()
 
@@ -118,20 +118,19 @@ def test_an_adapters_engine_gets_the_configuration_of_the_model_below(tmp_path: 
     assert AutoConfig.from_pretrained(tmp_path).model_type == "llama"
 
 
+@pytest.mark.parametrize(("kind", "message"), [({"lora_bias": True}, "no place for it"), ({}, None)])
 def test_an_adapter_that_cannot_be_sent_is_refused_before_an_engine_starts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_trainer: Callable[..., Any], kind: dict[str, Any], message: str | None
 ) -> None:
     started: list[str] = []
-    monkeypatch.setattr(Fleet, "start", lambda *_, **__: started.append("start"))
-    model = get_peft_model(tiny_model(), LoraConfig(use_dora=True, target_modules=["q_proj"]))
-    empty = Blueprint(plan=PlacementPlan(trainers=(), engines=(), idle=(), warnings=()), specs=(), backends=())
-    with pytest.raises(ConfigError, match="DoRA"):
-        start_rollouts(
-            empty,
-            model=model,
-            tokenizer=None,
-            args=config(tmp_path),
-            score=None,  # type: ignore[arg-type]
-            on_progress=None,
-        )
-    assert started == []
+
+    class Starting(GRPOTrainer):
+        def _start_rollouts(self) -> Any:
+            started.append("start")
+            raise RuntimeError("not in this test")
+
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **kind)
+    trainer = make_trainer(kind=Starting, peft_config=adapter)
+    with pytest.raises(ConfigError if message else RuntimeError, match=message or "not in this test"):
+        trainer.train()
+    assert started == ([] if message else ["start"])  # the control: one that can be sent gets as far

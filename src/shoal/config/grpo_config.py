@@ -108,7 +108,16 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     vllm_extra_args: dict[str, Any] | str | None = setting(None, "Further flags of vllm serve, as JSON.")
     vllm_startup_timeout_s: float = setting(600.0, "Seconds an engine may take to become ready.")
     vllm_request_timeout_s: float = setting(1800.0, "Seconds an engine may take to write one completion.")
-    weight_sync_timeout_s: float = setting(300.0, "Seconds a publish of weights to all engines may take.")
+    vllm_stall_timeout_s: float = setting(
+        120.0, "Seconds an engine with work may write nothing, or not answer, before others get its work."
+    )
+    weight_sync_timeout_s: float = setting(120.0, "Seconds an engine may take for any step of a publish of weights.")
+    vllm_lora_sync: str = setting(
+        "merge", "How an adapter reaches engines: merge it into the weights sent, or adapter: engines serve it."
+    )
+    weight_sync_verify: str = setting(
+        "digest", "Proof of every publish: digest, full (bit for bit, for finding faults) or off."
+    )
 
     # Rewards
     reward_timeout_s: float = setting(600.0, "Seconds a reward function may take for one group of completions.")

@@ -25,6 +25,8 @@ _CHOICES = {
     "vllm_model_impl": ("vllm", "transformers"),
     "vllm_dtype": (None, "auto", "float32", "bfloat16", "float16"),
     "reward_on_error": ("raise",),
+    "vllm_lora_sync": ("merge", "adapter"),
+    "weight_sync_verify": ("digest", "full", "off"),
 }
 
 _AT_LEAST_ONE = (
@@ -39,7 +41,13 @@ _AT_LEAST_ONE = (
 )
 _MAY_BE_UNSET = ("num_generations_eval", "max_tokens_per_micro_batch", "vllm_num_engines")
 
-_TIMEOUTS = ("vllm_startup_timeout_s", "vllm_request_timeout_s", "weight_sync_timeout_s", "reward_timeout_s")
+_TIMEOUTS = (
+    "vllm_startup_timeout_s",
+    "vllm_request_timeout_s",
+    "vllm_stall_timeout_s",
+    "weight_sync_timeout_s",
+    "reward_timeout_s",
+)
 
 # Settings of transformers that GRPO leaves no room for: the value to keep, and why.
 _FIXED: dict[str, tuple[object, str]] = {

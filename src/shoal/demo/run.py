@@ -110,8 +110,8 @@ def _rewards(groups: Sequence[ScoredGroup]) -> list[float]:
 
 
 def _summary(trainer: GRPOTrainer, before: list[float], after: list[float], *, total_s: float) -> RunSummary:
-    rollouts = trainer.rollouts
-    assert rollouts is not None, "the engines run until the summary is made"
+    rollouts, publisher = trainer.rollouts, trainer.publisher
+    assert rollouts is not None and publisher is not None, "the engines run until the summary is made"
     phases = trainer.ledger.seconds()
     return RunSummary(
         reward_before=float(np.mean(before)),
@@ -119,8 +119,8 @@ def _summary(trainer: GRPOTrainer, before: list[float], after: list[float], *, t
         reward_ci95=paired_difference_interval(before, after).half_width,
         num_engines=len(rollouts.fleet.engines),
         num_steps=int(trainer.state.global_step),
-        num_publishes=rollouts.publisher.num_publishes,
-        num_publishes_proven=rollouts.publisher.num_proven,
+        num_publishes=publisher.num_publishes,
+        num_publishes_proven=publisher.num_proven,
         seconds=phases | {"other": max(0.0, total_s - sum(phases.values()))},
         versions=versions(),
         settings=trainer.args.to_sanitized_dict(),

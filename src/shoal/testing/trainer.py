@@ -6,12 +6,17 @@ from typing import Any, cast
 
 from shoal.engines.reference import ReferenceEngine
 from shoal.rollout.collector import GroupRequest, RolloutCollector
+from shoal.rollout.dispatch import DispatchSettings
 from shoal.rollout.loop_thread import LoopThread
-from shoal.rollout.pool import EngineLoad, EnginePool
+from shoal.rollout.pool import EngineLoad, EnginePool, PoolSettings
+from shoal.trainer.engine_side import Sources
 from shoal.trainer.factory import make_decoder
 from shoal.trainer.grpo_trainer import GRPOTrainer
 from shoal.trainer.rollouts import Rollouts
 from shoal.types import PublishReport, ScoredGroup
+from shoal.weights.publisher import WeightPublisher
+
+POOL_SETTINGS = PoolSettings(dispatch=DispatchSettings(max_in_flight=1, affinity_margin=0), stall_s=60.0)
 
 
 class ReferenceTrainer(GRPOTrainer):
@@ -23,6 +28,12 @@ class ReferenceTrainer(GRPOTrainer):
             Rollouts, _ReferenceRollouts(model, decode=make_decoder(self.processing_class), score=self._score_group)
         )
 
+    def _make_sources(self) -> Sources:
+        return {}
+
+    def _make_publisher(self, sources: Sources, rollouts: Rollouts | None) -> WeightPublisher:
+        return cast(WeightPublisher, _NoPublisher())
+
 
 class _ReferenceRollouts:
     """Stands in for `Rollouts`."""
@@ -31,16 +42,23 @@ class _ReferenceRollouts:
         self._model = model
         self._engine = ReferenceEngine(model)
         self._loop = LoopThread("reference rollouts")
-        self._pool = EnginePool([self._engine], max_in_flight=1, affinity_margin=0)
+        self._pool = EnginePool([self._engine], POOL_SETTINGS)
         self._collector = RolloutCollector(self._pool, decode=decode, score=score)
         self.version: int | None = None
         self.published: list[int] = []
 
-    def publish(self, version: int) -> PublishReport:
+    def publishing(self, version: int) -> None:
+        """The engine computes with the trainer's own weights."""
+
+    def take(self, report: PublishReport) -> None:
         """Take note of the version."""
-        self.version = self._engine.weight_version = version
-        self.published.append(version)
-        return PublishReport(version=version, num_workers=1, num_digests=0, seconds=0.0)
+        self._pool.publishing(report.version)
+        self._pool.proven(report.version, [self._engine.name])
+        self.version = self._engine.weight_version = report.version
+        self.published.append(report.version)
+
+    def check_alive(self) -> None:
+        """It lives as long as this process."""
 
     def collect(self, request: GroupRequest, *, timeout_s: float) -> tuple[ScoredGroup, ...]:
         """Have all groups written and rewarded."""
@@ -62,3 +80,19 @@ class _ReferenceRollouts:
     def close(self) -> None:
         """End the loop."""
         self._loop.close()
+
+
+class _NoPublisher:
+    """Stands in for `WeightPublisher`: the engine computes with the trainer's own weights."""
+
+    plans = ()
+
+    def connect(self) -> None:
+        """There is nobody to meet."""
+
+    def publish(self, version: int) -> PublishReport:
+        """Say that it is done."""
+        return PublishReport(version=version, num_workers=1, num_digests=0, num_bytes=0, lost={}, seconds=0.0)
+
+    def close(self) -> None:
+        """There is nothing to leave."""

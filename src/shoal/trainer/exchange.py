@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +20,14 @@ class RankZeroFailedError(ShoalError):
     """Rank 0 failed; this is raised on all other ranks, so that none waits for it. Rank 0 raises its own error."""
 
 
+class RankLostError(ShoalError):
+    """Another trainer rank has ended, or does not come to where it is waited for."""
+
+
 class Exchange:
     """Broadcasts from rank 0. Every method is a collective: all ranks must call it, in the same order.
+
+    A rank that ends meanwhile is a `RankLostError` on the others.
 
     Args:
         rank: Of this process.
@@ -31,7 +38,18 @@ class Exchange:
     def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
         self._rank = rank
         self._is_alone = world_size == 1
+        self._world_size = world_size
         self._device = device
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self._rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Trainer processes."""
+        return self._world_size
 
     def sequences(self, make: Callable[[], abc.Sequence[Sequence]]) -> list[Sequence]:
         """Call `make` on rank 0 and return its sequences on all ranks.
@@ -45,7 +63,8 @@ class Exchange:
         table = self._on_rank_zero(lambda: table_from_sequences(make()))
         sizes = table.sizes if table is not None else TableSizes(num_sequences=0, num_tokens=0, num_completion_tokens=0)
         header = torch.tensor([sizes.num_sequences, sizes.num_tokens, sizes.num_completion_tokens], device=self._device)
-        dist.broadcast(header, src=0)
+        with _meeting_ranks():
+            dist.broadcast(header, src=0)
         counts = [int(count) for count in header.tolist()]
         room = empty_table(
             TableSizes(num_sequences=counts[0], num_tokens=counts[1], num_completion_tokens=counts[2]), self._device
@@ -54,7 +73,8 @@ class Exchange:
             if table is not None:
                 tensor.copy_(table.tensors[index])
             # Not every backend sends bool.
-            dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, src=0)
+            with _meeting_ranks():
+                dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, src=0)
         return sequences_from_table(room)
 
     def json(self, make: Callable[[], Any]) -> Any:
@@ -68,6 +88,34 @@ class Exchange:
         # Encoded inside, so that a value which is not JSON fails on all ranks instead of leaving the others waiting.
         text = self._on_rank_zero(lambda: json.dumps(make()))
         return json.loads(self._bytes(text.encode() if text is not None else b""))
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return every rank's value, of plain JSON types, on all ranks."""
+        if self._is_alone:
+            return [json.loads(json.dumps(value))]
+        payload = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self._world_size)]
+        with _meeting_ranks():
+            dist.all_gather(sizes, torch.tensor([len(payload)], device=self._device))
+        # Of one size for all: not every backend gathers tensors of several.
+        longest = max(int(size) for size in sizes)
+        room = torch.zeros(longest, dtype=torch.uint8, device=self._device)
+        room[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self._device)
+        rooms = [torch.empty_like(room) for _ in range(self._world_size)]
+        with _meeting_ranks():
+            dist.all_gather(rooms, room)
+        return [
+            json.loads(bytes(gathered[: int(size)].cpu().numpy())) for gathered, size in zip(rooms, sizes, strict=True)
+        ]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over ranks of int64 values, modulo 2^64, on all ranks."""
+        if self._is_alone:
+            return values
+        total = values.to(self._device, copy=True)
+        with _meeting_ranks():
+            dist.all_reduce(total)
+        return total.cpu()
 
     def _on_rank_zero(self, make: Callable[[], Any]) -> Any:
         """Call `make` on rank 0; let every rank know whether it worked before any goes on."""
@@ -88,11 +136,24 @@ class Exchange:
 
     def _bytes(self, payload: bytes) -> bytes:
         size = torch.tensor([len(payload)], device=self._device)
-        dist.broadcast(size, src=0)
+        with _meeting_ranks():
+            dist.broadcast(size, src=0)
         if int(size) == 0:
             return b""
         room = torch.empty(int(size), dtype=torch.uint8, device=self._device)
         if self._rank == 0:
             room.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-        dist.broadcast(room, src=0)
+        with _meeting_ranks():
+            dist.broadcast(room, src=0)
         return bytes(room.cpu().numpy())
+
+
+@contextmanager
+def _meeting_ranks() -> Iterator[None]:
+    """Say in our own terms what torch says of a peer's socket."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(
+            f"another trainer rank has ended, or did not come in time; its own output says why ({error})"
+        ) from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,16 +23,24 @@ from shoal.placement.devices import discover_devices, usable_cpu_cores
 from shoal.placement.model_shape import shape_from_config
 from shoal.placement.plan import place
 from shoal.placement.records import EnginePlacement, PlacementPlan, PlacementRequest
+from shoal.protocols import Ranks, WeightSource
 from shoal.rollout.collector import Decode, Score
+from shoal.rollout.dispatch import DispatchSettings
+from shoal.rollout.pool import PoolSettings
 from shoal.trainer.model import compute_dtype
 from shoal.trainer.rollouts import Rollouts, RolloutSettings
 from shoal.types import CompletionLike, Prompt, Rollout
-from shoal.weights.source import make_source
-from shoal.wire.rendezvous import GroupBackend
+from shoal.weights.group import PublishSettings
+from shoal.weights.publisher import WeightPublisher
+from shoal.weights.sources import AdapterSource, make_source, write_adapter
+from shoal.wire.agreement import ADAPTER, MODEL, Cargo, Verify
+from shoal.wire.plan import dtype_from_name
+from shoal.wire.transport import Backend
 
 logger = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_GIB = 1
+_AFFINITY_MARGIN = 2
 _MAX_IN_FLIGHT = 256  # vLLM's own default for sequences in one batch
 
 
@@ -47,7 +56,7 @@ class Blueprint:
 
     plan: PlacementPlan
     specs: tuple[EngineSpec, ...]
-    backends: tuple[GroupBackend, ...]
+    backends: tuple[Backend, ...]
 
 
 def plan_placement(model_config: Any, args: GRPOConfig) -> PlacementPlan:
@@ -92,7 +101,6 @@ def draw_blueprint(plan: PlacementPlan, *, model: nn.Module, args: GRPOConfig, m
     if not vllm_compat.is_supported(version):
         logger.warning("vLLM %s has not been tried with Shoal, which supports %s.", version, vllm_compat.SUPPORTED)
     ports = choose_ports(len(plan.engines), args.vllm_base_port)
-    dtype = args.vllm_dtype or compute_dtype(model, args)
     extra: dict[str, object] = dict(args.vllm_extra_args or {})  # type: ignore[arg-type]
     if args.vllm_model_impl != "vllm":
         extra.setdefault("model-impl", args.vllm_model_impl)
@@ -109,16 +117,75 @@ def draw_blueprint(plan: PlacementPlan, *, model: nn.Module, args: GRPOConfig, m
                 cpu_cores=engine.cpu_cores,
                 tensor_parallel_size=engine.tensor_parallel_size,
                 pipeline_parallel_size=engine.pipeline_parallel_size,
-                dtype=dtype,
+                dtype=_engine_dtype(model, args),
                 max_model_len=args.vllm_max_model_length or max_model_len,
                 gpu_memory_utilization=args.engine_memory_utilization(colocated=engine.colocated),
                 cpu_kv_cache_gib=_CPU_KV_CACHE_GIB,
                 seed=args.seed,
                 extra_arguments=extra,
+                lora_adapter=_adapter_dir(args) if args.vllm_lora_sync == "adapter" else None,
+                max_lora_rank=_max_lora_rank(model),
             )
             for engine, port in zip(plan.engines, ports, strict=True)
         ),
         backends=tuple(_backend(engine) for engine in plan.engines),
+    )
+
+
+def make_sources(model: nn.Module, args: GRPOConfig) -> dict[Cargo, WeightSource]:
+    """Return this rank's part of what is published.
+
+    Args:
+        model: The unwrapped policy.
+        args: The settings.
+
+    Raises:
+        ConfigError: The weights are held in a way, or adapted in a way, that cannot be published.
+    """
+    dtype = _engine_dtype(model, args)
+    wire_dtype = None if dtype == "auto" else dtype_from_name(dtype)
+    if args.vllm_lora_sync != "adapter":
+        return {MODEL: make_source(model, wire_dtype=wire_dtype)}
+    if not hasattr(model, "peft_config"):
+        raise ConfigError(
+            'vllm_lora_sync="adapter" sends a LoRA adapter alone, and the model has none. Pass peft_config, or leave '
+            "vllm_lora_sync as it is."
+        )
+    base = make_source(model, wire_dtype=wire_dtype, merges_adapters=False)
+    return {MODEL: base, ADAPTER: AdapterSource(model, wire_dtype=wire_dtype)}
+
+
+def write_engine_adapter(model: nn.Module, args: GRPOConfig, *, is_writer: bool) -> None:
+    """Write the adapter that engines load at their start, if they are to serve one. A collective on sharded models.
+
+    Args:
+        model: The unwrapped policy.
+        args: The settings.
+        is_writer: Whether this rank writes.
+    """
+    if args.vllm_lora_sync == "adapter":
+        write_adapter(model, _adapter_dir(args), write=is_writer)
+
+
+def make_publisher(
+    sources: Mapping[Cargo, WeightSource], rollouts: Rollouts | None, *, ranks: Ranks, args: GRPOConfig
+) -> WeightPublisher:
+    """Return what publishes this rank's weights; `connect` comes next, on all ranks.
+
+    Args:
+        sources: This rank's part of the weights.
+        rollouts: The engines, on rank 0.
+        ranks: The other trainer ranks.
+        args: The settings.
+    """
+    return WeightPublisher(
+        sources,
+        rollouts.addresses if rollouts is not None else (),
+        ranks=ranks,
+        device=args.device,
+        settings=PublishSettings(
+            host=LOOPBACK, timeout_s=args.weight_sync_timeout_s, verify=cast(Verify, args.weight_sync_verify)
+        ),
     )
 
 
@@ -142,10 +209,8 @@ def start_rollouts(
         on_progress: Told how far the engines are.
 
     Raises:
-        ConfigError: The weights cannot be published.
         EngineStartError: An engine did not start.
     """
-    source = make_source(model)  # refuses adapters that cannot be sent, while nothing runs yet
     for warning in blueprint.plan.warnings:
         logger.warning(warning)
     _write_engine_model(blueprint.specs[0].model_dir, model, tokenizer)
@@ -159,16 +224,14 @@ def start_rollouts(
     try:
         return Rollouts(
             fleet,
-            source=source,
             decode=make_decoder(tokenizer),
             score=score,
             settings=RolloutSettings(
                 backends=blueprint.backends,
-                host=LOOPBACK,
-                max_in_flight=_MAX_IN_FLIGHT,
-                # A whole group may go to one engine before another takes over.
-                affinity_margin=args.num_generations - 1,
-                weight_timeout_s=args.weight_sync_timeout_s,
+                pool=PoolSettings(
+                    dispatch=DispatchSettings(max_in_flight=_MAX_IN_FLIGHT, affinity_margin=_AFFINITY_MARGIN),
+                    stall_s=args.vllm_stall_timeout_s,
+                ),
             ),
         )
     except BaseException:
@@ -192,13 +255,30 @@ def _write_engine_model(folder: Path, model: nn.Module, tokenizer: Any) -> None:
     """Write what an engine reads of a model: its configuration and tokenizer. The weights come from the trainer."""
     folder.mkdir(parents=True, exist_ok=True)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    base.config.save_pretrained(folder)
+    config = copy.deepcopy(base.config)
+    # A model made from a config alone names no class; vLLM then takes Qwen3MoeConfig for that of an embedding model.
+    config.architectures = config.architectures or [type(base).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(folder)
 
 
-def _backend(engine: EnginePlacement) -> GroupBackend:
-    """NCCL between GPUs; it refuses two processes on one GPU, so an engine that shares the trainer's goes by gloo."""
-    is_on_gpu = engine.devices[0].kind == "cuda"
-    return "nccl" if is_on_gpu and not engine.colocated else "gloo"
+def _engine_dtype(model: nn.Module, args: GRPOConfig) -> str:
+    return args.vllm_dtype or compute_dtype(model, args)
+
+
+def _adapter_dir(args: GRPOConfig) -> Path:
+    return Path(args.output_dir) / "engines" / "adapter"
+
+
+def _max_lora_rank(model: Any) -> int:
+    configs = getattr(model, "peft_config", {}).values()
+    return max((max([config.r, *(config.rank_pattern or {}).values()]) for config in configs), default=1)
+
+
+def _backend(engine: EnginePlacement) -> Backend:
+    """NCCL between GPUs. It refuses two processes on one GPU: there an engine maps the trainer's memory."""
+    if engine.devices[0].kind != "cuda":
+        return "gloo"
+    return "ipc" if engine.colocated else "nccl"

@@ -33,8 +33,16 @@ from shoal.observe.ledger import TimeLedger
 from shoal.rollout.collector import GroupRequest
 from shoal.trainer.checkpoints import last_complete_checkpoint
 from shoal.trainer.checks import check_disk, longest_prompt
+from shoal.trainer.engine_side import EngineSide, Sources
 from shoal.trainer.exchange import Exchange
-from shoal.trainer.factory import draw_blueprint, plan_placement, start_rollouts
+from shoal.trainer.factory import (
+    draw_blueprint,
+    make_publisher,
+    make_sources,
+    plan_placement,
+    start_rollouts,
+    write_engine_adapter,
+)
 from shoal.trainer.forward import packed_logprobs, packs_exactly, takes_logits_to_keep
 from shoal.trainer.groups import num_tokens, training_sequences
 from shoal.trainer.judge import Judge
@@ -56,6 +64,7 @@ from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread
 from shoal.trainer.step_log import StepLog
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
 from shoal.types import Sequence as TrainingSequence
+from shoal.weights.publisher import WeightPublisher
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +140,19 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._keeps_logits = takes_logits_to_keep(policy)
         self._stop_token_ids = stop_token_ids(policy, tokenizer)
         self._objective = objective_settings(args)
-        self._rollouts: Rollouts | None = None
         self._step_log = StepLog()
         self._record = RunRecord(args)
         self._is_evaluating = False
         self.last_evaluation: tuple[ScoredGroup, ...] = ()
         """What `evaluate` was last about, completion by completion; on rank 0 only."""
         self.ledger = TimeLedger()
+        self._engines = EngineSide(
+            ranks=self._exchange,
+            ledger=self.ledger,
+            make_sources=self._make_sources,
+            start=self._start_rollouts,
+            make_publisher=self._make_publisher,
+        )
         self.engine_start_progress: StartProgress = print_start_progress
         """Told how far the engines are while they start; replace it to show it differently."""
 
@@ -195,6 +210,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         ticks = list(itertools.islice(epoch_iterator, num_batches))
         if not ticks:
             return [], None
+        self._engines.refresh(self.state.global_step, always=False)
         sequences = self._exchange.sequences(self._write_step)
         self._train_began = time.monotonic()
         micro_batches = micro_batches_of_rank(
@@ -273,6 +289,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             source = _prompt_source(eval_dataset, self.processing_class, self._max_prompt_tokens(), self.args)
         if source is None:
             raise ConfigError("evaluate() needs an eval_dataset. Pass one, here or to GRPOTrainer.")
+        # Outside of training, whoever holds the model may have changed it since the last publish.
+        self._engines.refresh(self.state.global_step, always=not self.is_in_train)
         metrics: dict[str, float] = self._exchange.json(
             lambda: {f"{metric_key_prefix}_{name}": value for name, value in self._evaluate_prompts(source).items()}
         )
@@ -309,12 +327,17 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
     @property
     def rollouts(self) -> Rollouts | None:
         """The running engines; None before they start, and on ranks other than 0."""
-        return self._rollouts
+        return self._engines.rollouts
+
+    @property
+    def publisher(self) -> WeightPublisher | None:
+        """What publishes the weights; None before the engines start."""
+        return self._engines.publisher
 
     def score(
         self, prompts: Sequence[Prompt], *, num_generations: int, temperature: float, seed_step: int
     ) -> tuple[ScoredGroup, ...]:
-        """Have the current weights complete and the rewards judge some prompts. Rank 0 only.
+        """Have the engines' weights complete and the rewards judge some prompts. Rank 0 only.
 
         Args:
             prompts: What to complete.
@@ -322,10 +345,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             temperature: 0 for greedy.
             seed_step: Takes the place of the step in the samples' seeds.
         """
-        rollouts = self._running_rollouts()
-        # Outside of training, whoever holds the model may have changed it since the last publish.
-        if rollouts.version != self.state.global_step or not self.is_in_train:
-            self._publish()
+        rollouts = self.rollouts
+        assert rollouts is not None, "engines run by the time that something is scored"
         request = GroupRequest(
             prompts=tuple(prompts),
             num_generations=num_generations,
@@ -335,14 +356,13 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
                 stop_token_ids=self._stop_token_ids,
             ),
             seed=lambda prompt, sample: sample_seed(self.args.seed, seed_step, prompt.row, sample),
+            step=self.state.global_step,
         )
         return rollouts.collect(request, timeout_s=self.args.vllm_request_timeout_s * _ROLLOUT_TIMEOUT_FACTOR)
 
     def close(self) -> None:
         """End the engines. A later `train` or `evaluate` starts them again."""
-        if self._rollouts is not None:
-            self._rollouts.close()
-            self._rollouts = None
+        self._engines.close()
 
     def publish_after_step(self) -> None:
         """Publish the weights that the optimizer's step has made. All ranks call it."""
@@ -350,12 +370,12 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         seconds = time.monotonic() - self._train_began
         self._step_log.add({"seconds/train": seconds})
         self.ledger.add("train", seconds)
-        self._exchange.json(self._publish)
+        report = self._engines.publish(self.state.global_step)
+        self._step_log.add({"seconds/publish": report.seconds})
 
     def forget_published(self) -> None:
         """Have the weights published before the engines write again, whatever version they hold."""
-        if self._rollouts is not None:
-            self._rollouts.version = None
+        self._engines.forget()
 
     # ---- rank 0 ----
 
@@ -363,7 +383,6 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         """Collect one step's groups and turn them into training sequences."""
         step = self.state.global_step
         prompts = [self._prompts.get(row) for row in self._schedule.rows(step)]
-        self._running_rollouts()
         began = time.monotonic()
         with self.ledger.phase("generate"):
             groups = self.score(
@@ -400,27 +419,19 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self.last_evaluation = groups
         return self._judge.metrics(self._judge.compare(groups))
 
-    def _publish(self) -> None:
-        rollouts = self._running_rollouts()
-        with self.ledger.phase("publish"):
-            report = rollouts.publish(self.state.global_step)
-        self._step_log.add({"seconds/publish": report.seconds})
+    # ---- what the engines need; each is replaced by `shoal.testing` where no engine is wanted ----
 
-    def _running_rollouts(self) -> Rollouts:
-        if self._rollouts is None:
-            with self.ledger.phase("start engines"):
-                self._rollouts = self._start_rollouts()
-            # Ends the engines when the interpreter exits; their guards do so when it has no time to.
-            weakref.finalize(self, self._rollouts.close)
-        return self._rollouts
+    def _make_sources(self) -> Sources:
+        model = self.accelerator.unwrap_model(self.model)
+        sources = make_sources(model, self.args)
+        write_engine_adapter(model, self.args, is_writer=self.is_world_process_zero())
+        return sources
+
+    def _make_publisher(self, sources: Sources, rollouts: Rollouts | None) -> WeightPublisher:
+        return make_publisher(sources, rollouts, ranks=self._exchange, args=self.args)
 
     def _start_rollouts(self) -> Rollouts:
         model = self.accelerator.unwrap_model(self.model)
-        if is_sharded(model):
-            raise ConfigError(
-                "The model is sharded (FSDP or ZeRO-3), and sharded weights cannot be published to the engines yet. "
-                "Use DDP or ZeRO-1/2, or peft_config to make the model fit."
-            )
         return start_rollouts(
             draw_blueprint(self._plan, model=model, args=self.args, max_model_len=self._max_sequence()),
             model=model,

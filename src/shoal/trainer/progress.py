@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -13,11 +14,16 @@ from transformers import PrinterCallback, TrainerCallback
 
 from shoal.observe.terminal import ProgressView
 from shoal.observe.view_state import EngineView, ViewState
+from shoal.rollout.health import State
+from shoal.wire.plan import SlicePlan
 
 if TYPE_CHECKING:
     from shoal.trainer.grpo_trainer import GRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 _REFRESH_S = 0.5
+_STATE_WORDS = {State.SUSPECT: "not answering", State.DEAD: "lost"}
 
 
 def print_start_progress(stages: Sequence[tuple[str, str]], elapsed_s: float) -> None:
@@ -132,11 +138,26 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         return tuple(
             EngineView(
                 name=load.name,
-                state="generating" if load.running else "idle",
+                state=_STATE_WORDS.get(load.state) or ("generating" if load.running else "idle"),
                 running=load.running,
                 done_tokens=load.done_tokens,
                 weight_version=rollouts.version,
                 log_path=log_path,
             )
             for load, log_path in zip(rollouts.loads(), rollouts.log_paths(), strict=True)
+        )
+
+
+def log_plans(plans: Sequence[SlicePlan]) -> None:
+    """Say how each worker takes its weights, and which of them vLLM has to process again each time."""
+    for plan in plans:
+        in_place = {piece.target for piece in plan.slices} - set(plan.reloaded)
+        names = f" ({', '.join(plan.reloaded[:3])}{', ...' if len(plan.reloaded) > 3 else ''})" if plan.reloaded else ""
+        logger.info(
+            "%s: %d slices, %d parameters written in place, %d through vLLM's reload%s",
+            plan.worker,
+            len(plan.slices),
+            len(in_place),
+            len(plan.reloaded),
+            names,
         )

@@ -1,25 +1,25 @@
-"""What rank 0 owns besides the model: the engines, the line to each for weights, and the pool that asks them."""
+"""What rank 0 owns besides the model: the engines, and the pool that asks them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.engines.fleet import Fleet
 from shoal.errors import EngineRequestError
-from shoal.protocols import WeightSource
 from shoal.rollout.collector import Decode, GroupRequest, RolloutCollector, Score
 from shoal.rollout.loop_thread import LoopThread
-from shoal.rollout.pool import EngineLoad, EnginePool
+from shoal.rollout.pool import EngineLoad, EnginePool, PoolSettings
 from shoal.types import PublishReport, ScoredGroup
-from shoal.weights.link import EngineLink
-from shoal.weights.publisher import WeightPublisher
-from shoal.wire.rendezvous import GroupBackend
+from shoal.weights.group import EngineAddress
+from shoal.wire.transport import Backend
 
 logger = logging.getLogger(__name__)
+
+_TELL_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,17 +28,11 @@ class RolloutSettings:
 
     Attributes:
         backends: For each engine, what carries its weights.
-        host: Address at which this process and the engines reach one another.
-        max_in_flight: Samples under way on one engine at most.
-        affinity_margin: See `shoal.rollout.dispatch`.
-        weight_timeout_s: For each step of a publish.
+        pool: How samples are spread, and when an engine is given up.
     """
 
-    backends: tuple[GroupBackend, ...]
-    host: str
-    max_in_flight: int
-    affinity_margin: int
-    weight_timeout_s: float
+    backends: tuple[Backend, ...]
+    pool: PoolSettings
 
 
 class Rollouts:
@@ -46,63 +40,60 @@ class Rollouts:
 
     Args:
         fleet: Started engines; ended by `close`.
-        source: The trainer's weights.
         decode: Makes completions readable for rewards.
         score: Rewards a group.
         settings: How it works.
     """
 
-    def __init__(
-        self, fleet: Fleet, *, source: WeightSource, decode: Decode, score: Score, settings: RolloutSettings
-    ) -> None:
+    def __init__(self, fleet: Fleet, *, decode: Decode, score: Score, settings: RolloutSettings) -> None:
         self.fleet = fleet
         self._loop = LoopThread("rollouts")
         self._pool = EnginePool(
             [engine.client for engine in fleet.engines],
-            max_in_flight=settings.max_in_flight,
-            affinity_margin=settings.affinity_margin,
+            settings.pool,
+            why_ended=fleet.why_ended,
+            on_lost=self._end_lost,
         )
         self._collector = RolloutCollector(self._pool, decode=decode, score=score)
-        self.publisher = WeightPublisher(
-            source,
-            [
-                EngineLink(
-                    engine.client,
-                    num_workers=engine.spec.num_workers,
-                    backend=backend,
-                    host=settings.host,
-                    timeout_s=settings.weight_timeout_s,
-                )
-                for engine, backend in zip(fleet.engines, settings.backends, strict=True)
-            ],
-            settings.weight_timeout_s,
+        self.addresses = tuple(
+            EngineAddress(client=engine.client, num_workers=engine.spec.num_workers, backend=backend)
+            for engine, backend in zip(fleet.engines, settings.backends, strict=True)
         )
-        self._is_connected = False
+        """How weights reach each engine."""
         self._is_closed = False
         self.version: int | None = None
         """Version that every engine was proven to hold; None before the first publish."""
 
-    def publish(self, version: int) -> PublishReport:
-        """Send the trainer's current weights to every engine, under this version.
+    def check_alive(self) -> None:
+        """Look whether the engines that are in use still run.
 
         Raises:
-            WeightSyncError: An engine failed, timed out, or holds something else.
-            EngineError: An engine has ended.
+            EngineError: One has ended.
         """
         self.fleet.check_alive()
-        if not self._is_connected:
-            self.publisher.connect()
-            self._is_connected = True
-            _log_reloaded(self.publisher)
-        report = self.publisher.publish(version)
-        self.version = version
-        return report
+
+    def publishing(self, version: int) -> None:
+        """Ask nothing more of any engine before it is proven to hold the weights that are about to be sent."""
+        self._in_loop(lambda: self._pool.publishing(version))
+
+    def take(self, report: PublishReport) -> None:
+        """Note what a publish has done; an engine that left its group is ended and asked nothing more."""
+        self.version = report.version
+
+        def tell() -> None:
+            for name, reason in report.lost.items():
+                self._pool.lost(name, reason)
+            self._pool.proven(
+                report.version, [engine.name for engine in self.fleet.engines if engine.name not in report.lost]
+            )
+
+        self._in_loop(tell)
 
     def collect(self, request: GroupRequest, *, timeout_s: float) -> tuple[ScoredGroup, ...]:
         """Have all groups written and rewarded.
 
         Raises:
-            EngineError: An engine failed or has ended.
+            EngineError: No engine is left, or a request cannot be answered.
             RewardError: A reward function failed.
             TimeoutError: It took longer than `timeout_s`.
         """
@@ -126,27 +117,22 @@ class Rollouts:
         if self._is_closed:
             return
         self._is_closed = True
-        self.publisher.close()
         self._loop.run(self._close_clients(), timeout_s=10.0, what="connections to close")
         self._loop.close()
         self.fleet.close()
 
+    def _end_lost(self, name: str, reason: str) -> None:
+        """End an engine that the pool has given up: what is left of it must not hold its devices and its port."""
+        logger.error("%s is ended, the run goes on with the other engines: %s", name, reason)
+        self.fleet.end(name)
+
+    def _in_loop(self, act: Callable[[], None]) -> None:
+        """Do something to the pool, which belongs to the loop's thread."""
+
+        async def run() -> None:
+            act()
+
+        self._loop.run(run(), timeout_s=_TELL_TIMEOUT_S, what="the pool of engines to take note")
+
     async def _close_clients(self) -> None:
         await asyncio.gather(*(engine.client.aclose() for engine in self.fleet.engines), return_exceptions=True)
-
-
-def _log_reloaded(publisher: WeightPublisher) -> None:
-    for plan in publisher.plans:
-        in_place = {piece.target for piece in plan.slices} - set(plan.reloaded)
-        logger.info(
-            "%s: %d slices, %d parameters written in place, %d through vLLM's reload%s",
-            plan.worker,
-            len(plan.slices),
-            len(in_place),
-            len(plan.reloaded),
-            _examples(plan.reloaded),
-        )
-
-
-def _examples(names: Sequence[str]) -> str:
-    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""

@@ -1,0 +1,119 @@
+"""Keep the engines running and in step with the trainer's weights. Every rank has one; rank 0's holds the engines."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+
+from shoal.errors import WeightSyncError
+from shoal.observe.ledger import TimeLedger
+from shoal.protocols import Ranks, WeightSource
+from shoal.trainer.progress import log_plans
+from shoal.trainer.rollouts import Rollouts
+from shoal.types import PublishReport
+from shoal.weights.publisher import WeightPublisher
+from shoal.wire.agreement import Cargo
+
+Sources = Mapping[Cargo, WeightSource]
+
+
+class EngineSide:
+    """What the trainer has of its engines. `refresh` and `publish` are collectives.
+
+    Args:
+        ranks: The trainer's ranks.
+        ledger: Takes the time spent here.
+        make_sources: Makes this rank's part of what is published; on all ranks, before engines start.
+        start: Starts the engines; on rank 0.
+        make_publisher: Makes what publishes to them; on all ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        ranks: Ranks,
+        ledger: TimeLedger,
+        make_sources: Callable[[], Sources],
+        start: Callable[[], Rollouts],
+        make_publisher: Callable[[Sources, Rollouts | None], WeightPublisher],
+    ) -> None:
+        self._ranks = ranks
+        self._ledger = ledger
+        self._make_sources = make_sources
+        self._start = start
+        self._make_publisher = make_publisher
+        self.rollouts: Rollouts | None = None
+        """The running engines; None before they start, and on ranks other than 0."""
+        self.publisher: WeightPublisher | None = None
+        """What publishes to them; None before they start."""
+
+    def refresh(self, version: int, *, always: bool) -> PublishReport | None:
+        """Have engines run that hold the weights of `version`; publish them if need be.
+
+        Args:
+            version: Of the weights that the model has.
+            always: Publish in any case, as when somebody may have changed the model under the same version.
+        """
+
+        def is_stale() -> bool:
+            return always or self.rollouts is None or self.rollouts.version != version
+
+        return self.publish(version) if self._ranks.json(is_stale) else None
+
+    def publish(self, version: int) -> PublishReport:
+        """Have every engine hold the current weights, proven, under this version. Starts the engines if need be.
+
+        Raises:
+            WeightSyncError: No engine is left, or one holds something else than was sent.
+            EngineError: An engine did not start, or has ended.
+        """
+        publisher = self._connected()
+        if self.rollouts is not None:
+            self.rollouts.publishing(version)
+        try:
+            with self._ledger.phase("publish"):
+                report = publisher.publish(version)
+        except WeightSyncError:
+            if self.rollouts is not None:
+                # A dead process explains a failed publish better than the publish does.
+                self.rollouts.check_alive()
+            raise
+        if self.rollouts is not None:
+            self.rollouts.take(report)
+        return report
+
+    def forget(self) -> None:
+        """Have the weights published before the engines write again, whatever version they hold."""
+        if self.rollouts is not None:
+            self.rollouts.version = None
+
+    def close(self) -> None:
+        """End the engines. A later `publish` starts them again."""
+        if self.publisher is not None:
+            self.publisher.close()
+            self.publisher = None
+        if self.rollouts is not None:
+            self.rollouts.close()
+            self.rollouts = None
+
+    def _connected(self) -> WeightPublisher:
+        if self.publisher is None:
+            with self._ledger.phase("start engines"):
+                sources = self._make_sources()  # refuses what cannot be sent while nothing runs yet
+                self._ranks.json(self._start_rollouts)
+                publisher = self._make_publisher(sources, self.rollouts)
+                try:
+                    publisher.connect()
+                except BaseException:
+                    publisher.close()
+                    raise
+                self.publisher = publisher
+            log_plans(self.publisher.plans)
+        return self.publisher
+
+    def _start_rollouts(self) -> None:
+        if self.rollouts is not None:
+            return  # they run already: only the meeting failed
+        self.rollouts = self._start()
+        # Ends the engines when the interpreter exits; their guards do so when it has no time to.
+        weakref.finalize(self, self.rollouts.close)
