@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from shoal.errors import ConfigError
 from shoal.testing import tiny_model
-from shoal.weights.sources import make_source
+from shoal.weights.sources import lora, make_source
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -71,12 +73,64 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(value, expected[name]), name
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made inside that are still there; `peak` is the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage()
+            address = storage.data_ptr()
+            if address not in before and address not in self._known:
+                self._known.add(address)
+                self._now += storage.nbytes()
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._gone, address, storage.nbytes())
+        return result
+
+    def _gone(self, address: int, num_bytes: int) -> None:
+        self._known.discard(address)
+        self._now -= num_bytes
+
+
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_merged_lora_equals_pefts_own_merge_bit_for_bit_in_float32(bias: str) -> None:
     model = with_lora(untied(attention_bias=True), bias=bias)
     actual = sent(model)
     merged = copy.deepcopy(model).merge_and_unload()
     assert_same(actual, parameters(merged))
+
+
+@pytest.mark.parametrize("block", [1, 100, 1000])
+def test_a_merge_by_blocks_of_rows_is_the_same_but_for_the_order_of_summation(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_lora(untied())
+    whole = sent(model)
+    monkeypatch.setattr(lora, "_BLOCK_ELEMENTS", block)
+    for name, value in sent(model).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_merge_takes_no_more_memory_than_the_merged_weight_and_three_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = with_lora(
+        torch.nn.Sequential(torch.nn.Linear(256, 1024, bias=False, dtype=torch.bfloat16)), target_modules=["0"]
+    )
+    monkeypatch.setattr(lora, "_BLOCK_ELEMENTS", 1 << 13)
+    source = make_source(layer, wire_dtype=torch.bfloat16)
+    merged, block, factors = 1024 * 256 * 2, 4 << 13, 4 * 4 * (1024 + 256)
+    with torch.no_grad(), LiveBytes() as live:
+        for _ in source.tensors():
+            pass
+    assert merged < live.peak <= merged + 3 * block + factors
+    # The control: the whole product in float32 alone would be more.
+    assert live.peak < 4 * 1024 * 256
 
 
 @pytest.mark.parametrize(

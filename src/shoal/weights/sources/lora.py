@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from shoal.weights.sources.quantised import is_quantised
 from shoal.weights.sources.shards import Value, value_of
 
 _ROUTED = {"ALoraLinearVariant", "ArrowLinearVariant"}
+_BLOCK_ELEMENTS = 1 << 22  # of a plain adapter's merge, at once: 16 MiB in float32
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -27,7 +29,8 @@ class MergedTensor:
 
     Of a sharded model only what is needed is gathered: the factors of plain LoRA, whose delta is then added to the
     elements that this rank holds, and the base weight too for variants (DoRA) that depend on all of it. Peak scratch:
-    the delta and the merged elements in float32, and PEFT's own temporaries.
+    for plain adapters of linear layers the merged elements in `dtype` and three blocks of 16 MiB; otherwise the delta and
+    the merged elements in float32, and PEFT's own temporaries.
 
     Args:
         base: The base parameter.
@@ -46,19 +49,23 @@ class MergedTensor:
 
     def local(self) -> torch.Tensor:
         """Return the elements that this rank holds, merged."""
-        return self._merged(self.interval)
+        return self._merged(self._base.local, self.interval)
 
     def whole(self) -> torch.Tensor:
         """Return all elements, merged."""
-        return self._merged(Interval(0, torch.Size(self.shape).numel())).view(self.shape)
+        return self._merged(self._base.whole, self._everything).view(self.shape)
 
-    def _merged(self, wanted: Interval) -> torch.Tensor:
+    @property
+    def _everything(self) -> Interval:
+        return Interval(0, torch.Size(self.shape).numel())
+
+    def _merged(self, base: Callable[[], torch.Tensor], wanted: Interval) -> torch.Tensor:
+        """Return the elements `wanted`, merged; `base` returns them unmerged, and may be a collective."""
+        if self._local == "weight" and all(_is_plain_linear(layer) for layer in self._layers):
+            return self._merged_by_rows(base().reshape(-1), wanted)
         depends = self._local != "bias" and any(uses_variant(layer) for layer in self._layers)
-        everything = Interval(0, torch.Size(self.shape).numel())
-        if depends or (wanted == everything != self.interval):
-            total, held = self._base.whole().to(torch.float32, copy=True).reshape(-1), everything
-        else:
-            total, held = self._base.local().to(torch.float32, copy=True), self.interval
+        held = self._everything if depends else wanted
+        total = (self._base.whole() if depends else base()).to(torch.float32, copy=True).reshape(-1)
         for layer in self._layers:
             for adapter in adapters_of(layer):
                 if self._local == "bias" and layer.lora_bias.get(adapter):
@@ -68,6 +75,49 @@ class MergedTensor:
             if depends:
                 total = _merge_all(layer, total.view(self.shape)).reshape(-1)
         return total[wanted.start - held.start : wanted.stop - held.start].to(self.dtype)
+
+    def _merged_by_rows(self, base: torch.Tensor, held: Interval) -> torch.Tensor:
+        """Return `base`, which are the elements `held`, with the adapters' products, some rows at a time."""
+        factors = [_factors(layer, adapter) for layer in self._layers for adapter in adapters_of(layer)]
+        width, device = self.shape[1], factors[0].left.device
+        merged = torch.empty(held.size, dtype=self.dtype, device=device)
+        num_rows = max(1, _BLOCK_ELEMENTS // width)
+        last = -(-held.stop // width) if held.size > 0 else 0
+        for row in range(held.start // width, last, num_rows):
+            rows = slice(row, min(row + num_rows, last))
+            piece = Interval(rows.start * width, rows.stop * width).overlap(held)
+            here = slice(piece.start - held.start, piece.stop - held.start)
+            # The base may be offloaded; the sum is formed where the factors are.
+            block = base[here].to(device, torch.float32, copy=True)
+            for factor in factors:
+                delta = (factor.left[rows] @ factor.right).mul_(factor.scaling).reshape(-1)
+                block.add_(delta[piece.start - rows.start * width : piece.stop - rows.start * width])
+            merged[here] = block
+        return merged
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """What a plain adapter adds to a weight: `left @ right * scaling`, the factors whole and in float32."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: float
+
+
+def _is_plain_linear(layer: Any) -> bool:
+    """Whether all that a layer adds to its weight are products of two factors: PEFT's `lora.Linear` alone."""
+    kind = type(layer)
+    return (kind.__module__, kind.__name__) == ("peft.tuners.lora.layer", "Linear") and not uses_variant(layer)
+
+
+def _factors(layer: Any, adapter: str) -> _Factors:
+    a, b = (
+        value_of(f"{name}.weight", getattr(layer, name)[adapter].weight).whole().to(torch.float32)
+        for name in ("lora_A", "lora_B")
+    )
+    left, right = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
+    return _Factors(left, right, float(layer.scaling[adapter]))
 
 
 def adapters_of(layer: Any) -> list[str]:
@@ -128,23 +178,12 @@ def _bias_delta(layer: Any, adapter: str) -> torch.Tensor:
 
 def _delta(layer: Any, adapter: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return what an adapter adds to the whole weight; of the base only the shape is needed."""
-    if _has_plain_factors(layer, adapter):
-        plain: torch.Tensor = layer.get_delta_weight(adapter)
-        return plain
 
     def base(tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float32, device=tensor.device).expand(shape)
 
     result: torch.Tensor = _stand_in(layer, base, adapter).get_delta_weight(adapter)
     return result
-
-
-def _has_plain_factors(layer: Any, adapter: str) -> bool:
-    """Whether the delta is made of two factors alone, both of them whole and here, so that it needs no stand-in."""
-    if (type(layer).__module__, type(layer).__name__) != ("peft.tuners.lora.layer", "Linear"):
-        return False
-    factors = (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
-    return all(type(factor) is nn.Parameter and not hasattr(factor, "ds_id") for factor in factors)
 
 
 def _merge_all(layer: Any, weight: torch.Tensor) -> torch.Tensor:
