@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from shoal.testing import tiny_tokenizer
+from shoal.testing import greedy_texts, tiny_tokenizer
 from shoal.wire.plan import SlicePlan
 
 pytestmark = pytest.mark.engine
@@ -80,23 +80,6 @@ def save_adapter(policy: Any, folder: Path) -> None:
     }
     save_file(tensors, folder / "adapter_model.safetensors")
     LoraConfig(r=config.r, lora_alpha=config.r, target_modules=LINEAR).save_pretrained(folder)
-
-
-@torch.no_grad()
-def transformers_text(policy: Any) -> list[list[int]]:
-    texts = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        out = policy.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            eos_token_id=EOS,
-            pad_token_id=0,
-        )
-        texts.append(out[0, len(prompt) :].tolist())
-    return texts
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
@@ -172,7 +155,7 @@ def test_after_every_publish_the_text_is_that_of_transformers_with_this_adapter(
     seen = []
     for seed, folder in enumerate(engine.folders):
         randomise(engine.policy, seed)
-        wanted = transformers_text(engine.policy)
+        wanted = greedy_texts(engine.policy, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
         if seed:
             assert engine.text() == seen[-1]  # the control: until it is published, the text is that of the one before
             engine.publish(folder)
@@ -180,7 +163,7 @@ def test_after_every_publish_the_text_is_that_of_transformers_with_this_adapter(
         seen.append(wanted)
     assert all(a != b for a, b in pairwise(seen))
     with engine.policy.disable_adapter():
-        assert transformers_text(engine.policy) not in seen
+        assert greedy_texts(engine.policy, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS) not in seen
 
 
 def test_what_ends_a_session_of_updates_forgets_the_adapter_and_restoring_it_lets_a_publish_last(
@@ -188,7 +171,7 @@ def test_what_ends_a_session_of_updates_forgets_the_adapter_and_restoring_it_let
 ) -> None:
     def text_of(seed: int) -> list[list[int]]:
         randomise(engine.policy, seed)
-        return transformers_text(engine.policy)
+        return greedy_texts(engine.policy, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
 
     engine.load(engine.folders[0])
     engine.publish(engine.folders[2])

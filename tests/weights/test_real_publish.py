@@ -23,6 +23,7 @@ from shoal.engines.command import EngineSpec
 from shoal.engines.fleet import Fleet
 from shoal.engines.process import choose_ports
 from shoal.errors import EngineError, EngineRequestError, WeightProofError
+from shoal.testing import greedy_texts
 from shoal.testing.transport import make_flipping
 from shoal.trainer.exchange import Exchange
 from shoal.types import UNPROVEN, Rollout, RolloutRequest, SamplingSettings
@@ -105,23 +106,6 @@ def randomise(model: Any, seed: int, scale: float) -> None:
 
 
 @torch.no_grad()
-def transformers_text(model: Any) -> list[list[int]]:
-    texts = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            eos_token_id=EOS,
-            pad_token_id=0,
-        )
-        texts.append(out[0, len(prompt) :].tolist())
-    return texts
-
-
-@torch.no_grad()
 def transformers_logprobs(model: Any, prompt: tuple[int, ...], tokens: list[int], temperature: float) -> list[float]:
     logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].double() / temperature
     table = torch.log_softmax(logits, dim=-1)
@@ -169,7 +153,7 @@ def test_after_every_publish_every_engine_writes_what_transformers_writes_token_
         report = running.publisher.publish(version)
         assert (report.version, report.num_workers) == (version, 4)
         assert report.num_digests == sum(len(plan.slices) for plan in running.publisher.plans) > 0
-        wanted = transformers_text(running.model)
+        wanted = greedy_texts(running.model, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
         assert sum(map(len, wanted)) > 3 * NUM_TOKENS
         for client, answers in zip(running.clients, ask(running.clients, GREEDY), strict=True):
             assert texts_of(answers) == wanted, client.name
@@ -239,13 +223,13 @@ def test_a_lora_model_is_published_merged_over_a_new_line_to_the_same_engines(
     running: Running, make_served_model: Callable[..., Any]
 ) -> None:
     base = make_served_model(seed=5)
-    plain = transformers_text(base)
+    plain = greedy_texts(base, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
     peft_model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
     with torch.no_grad():
         for name, value in peft_model.named_parameters():
             if "lora_" in name:
                 value.normal_(std=0.2)
-    wanted = transformers_text(peft_model)
+    wanted = greedy_texts(peft_model, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
     assert wanted != plain  # the control: the adapter does something
     publisher = publisher_to(running.fleet, peft_model)
     publisher.publish(30)
@@ -265,7 +249,7 @@ def test_an_engine_that_is_killed_leaves_and_the_others_are_published_to(running
     report = running.publisher.publish(41)
     assert list(report.lost) == ["engine-1"] and report.num_workers == 3
     assert [client.weight_version for client in running.clients] == [41, UNPROVEN, 41]
-    wanted = transformers_text(running.model)
+    wanted = greedy_texts(running.model, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
     for client in (running.clients[0], running.clients[2]):
         assert texts_of(ask((client,), GREEDY)[0]) == wanted
     deadline = time.monotonic() + 20

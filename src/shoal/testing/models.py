@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,3 +54,23 @@ def tiny_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
     return model.to(dtype)
+
+
+@torch.no_grad()
+def greedy_texts(
+    model: Any, prompts: Iterable[Sequence[int]], *, max_tokens: int, stop_token_id: int
+) -> list[list[int]]:
+    """Return transformers' own greedy completion of each prompt, one at a time, as token ids."""
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=stop_token_id,
+            pad_token_id=0,
+        )
+        texts.append(output[0, len(prompt) :].tolist())
+    return texts

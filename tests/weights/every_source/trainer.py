@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shoal.engines.client import EngineClient
 from shoal.engines.command import SERVED_MODEL_NAME
+from shoal.testing import greedy_texts
 from shoal.trainer.exchange import Exchange
 from shoal.types import RolloutRequest, SamplingSettings
 from shoal.weights.group import EngineAddress, PublishSettings
@@ -98,7 +99,7 @@ def publish_three_times(source: str, task: dict[str, Any], *, rank: int, num_ran
         report = publisher.publish(version)
         assert not report.lost and report.num_digests > 0, report
         if rank == 0 and task["compares_text"]:
-            wanted = transformers_text(reference)
+            wanted = greedy_texts(reference, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
             for client, answers in zip(clients, loop.run_until_complete(ask(clients)), strict=True):
                 assert answers == wanted, (version, client.name, answers, wanted)
             texts.append(wanted)
@@ -142,23 +143,6 @@ def move(trained: Any, reference: Any, *, seed: int) -> None:
     for name, value in trained.named_parameters():
         if hasattr(value, "device_mesh"):
             value.copy_(distribute_tensor(full[name].detach(), value.device_mesh, value.placements))
-
-
-@torch.no_grad()
-def transformers_text(model: Any) -> list[list[int]]:
-    texts = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            eos_token_id=EOS,
-            pad_token_id=0,
-        )
-        texts.append(out[0, len(prompt) :].tolist())
-    return texts
 
 
 async def ask(clients: list[EngineClient]) -> list[list[list[int]]]:

@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoal.engines.client import EngineClient
 from shoal.errors import ShoalError
+from shoal.testing import greedy_texts
 from shoal.trainer.exchange import Exchange
 from shoal.types import RolloutRequest, SamplingSettings
 from shoal.weights.group import EngineAddress, PublishSettings
@@ -157,7 +158,7 @@ class Trainer:
     def compare(self) -> dict[str, Any]:
         """Return what transformers writes with the published weights, and which engines write the same."""
         assert self._publisher is not None
-        wanted = transformers_text(self._model)
+        wanted = greedy_texts(self._model, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
         live = [client for client in self._clients if client.name in self._publisher.live_engines]
         texts = asyncio.run(self._ask(live))
         return {"text": wanted, "equal": [client.name for client in live if texts[client.name] == wanted]}
@@ -204,23 +205,6 @@ def random_model(config: Any, *, seed: int) -> Any:
         for value in model.parameters():
             value.add_(0.05 * torch.randn_like(value))
     return model.eval()
-
-
-@torch.no_grad()
-def transformers_text(model: Any) -> list[list[int]]:
-    texts = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            eos_token_id=EOS,
-            pad_token_id=0,
-        )
-        texts.append(out[0, len(prompt) :].tolist())
-    return texts
 
 
 if __name__ == "__main__":
