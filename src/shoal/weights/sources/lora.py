@@ -29,8 +29,8 @@ class MergedTensor:
 
     Of a sharded model only what is needed is gathered: the factors of plain LoRA, whose delta is then added to the
     elements that this rank holds, and the base weight too for variants (DoRA) that depend on all of it. Peak scratch:
-    for plain adapters of linear layers the merged elements in `dtype` and three blocks of 16 MiB; otherwise the delta and
-    the merged elements in float32, and PEFT's own temporaries.
+    for plain adapters of linear layers the merged elements in `dtype` and three blocks of 16 MiB; otherwise the delta
+    and the merged elements in float32, and PEFT's own temporaries.
 
     Args:
         base: The base parameter.
