@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from shoal.engines.fleet import Fleet, ManagedEngine
+from shoal.engines.restarts import RestartSettings
 from shoal.errors import EngineError, WeightSyncError
 from shoal.observe.ledger import TimeLedger
 from shoal.rollout.dispatch import DispatchSettings
@@ -60,7 +61,11 @@ def fleet_of(num_engines: int) -> Fleet:
 
 def rollouts_of(fleet: Fleet) -> Rollouts:
     pool = PoolSettings(dispatch=DispatchSettings(max_in_flight=4, affinity_margin=3), stall_s=30.0)
-    settings = RolloutSettings(backends=("gloo",) * len(fleet.engines), pool=pool)
+    settings = RolloutSettings(
+        backends=("gloo",) * len(fleet.engines),
+        pool=pool,
+        restarts=RestartSettings(max_in_a_row=0, timeout_s=1.0),
+    )
     return Rollouts(fleet, decode=cast(Any, None), score=cast(Any, None), settings=settings)
 
 
@@ -120,6 +125,7 @@ class Publisher:
     """Notes what is asked of it."""
 
     plans = ()
+    live_engines = ("engine-0",)
 
     def __init__(self, events: list[str], fails_at: set[str]) -> None:
         self._events = events

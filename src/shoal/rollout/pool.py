@@ -144,7 +144,8 @@ class EnginePool:
         try:
             while True:
                 while ticket.engine is None:
-                    self._check_hope()
+                    if (reason := self.why_hopeless()) is not None:
+                        raise NoEngineError(reason)
                     await ticket.placed
                 index = ticket.engine
                 request = go_on(ticket.request, ticket.parts, name=f"{self._prefix}-{next(self._names)}")
@@ -203,7 +204,7 @@ class EnginePool:
             ticket.engine = assignment.engine
             if not ticket.placed.done():  # it is if its owner is being cancelled
                 ticket.placed.set_result(None)
-        if all(seat.health.state is State.DEAD for seat in self._seats):
+        if self.why_hopeless() is not None:
             for ticket in self._tickets.values():
                 if not ticket.placed.done():
                     ticket.placed.set_result(None)
@@ -238,10 +239,12 @@ class EnginePool:
             del self._tickets[ticket.sample]
             self._place()
 
-    def _check_hope(self) -> None:
-        if all(seat.health.state is State.DEAD for seat in self._seats):
-            reasons = "; ".join(f"{seat.engine.name}: {seat.why_dead}" for seat in self._seats)
-            raise NoEngineError(f"no engine is left to write completions. {reasons}")
+    def why_hopeless(self) -> str | None:
+        """Return why nothing will be written any more: no engine is left, and none on its way; None if one is."""
+        if any(seat.health.state is not State.DEAD for seat in self._seats):
+            return None
+        reasons = "; ".join(f"{seat.engine.name}: {seat.why_dead}" for seat in self._seats)
+        return f"no engine is left to write completions. {reasons}"
 
     # ---- engines ----
 
