@@ -18,19 +18,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
 from shoal.engines.client import EngineClient
 from shoal.engines.command import EngineSpec
 from shoal.engines.fleet import Fleet
 from shoal.engines.process import choose_ports
+from shoal.engines.restarts import RestartSettings
 from shoal.errors import EngineError
+from shoal.observe.ledger import TimeLedger
+from shoal.rollout.collector import GroupRequest
 from shoal.rollout.dispatch import DispatchSettings
 from shoal.rollout.health import State
 from shoal.rollout.parts import go_on, join
 from shoal.rollout.pool import EnginePool, PoolSettings
-from shoal.types import RolloutRequest, SamplingSettings
+from shoal.trainer.engine_side import EngineSide
+from shoal.trainer.exchange import Exchange
+from shoal.trainer.rollouts import Rollouts, RolloutSettings
+from shoal.types import Prompt, Rollout, RolloutRequest, SamplingSettings, ScoredGroup
+from shoal.weights.group import PublishSettings
+from shoal.weights.publisher import WeightPublisher
+from shoal.weights.sources import make_source
+from shoal.wire.agreement import MODEL
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -89,11 +101,18 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 
 @pytest.fixture
-def fleet(
-    make_served_model: Callable[..., Any], make_spec: Callable[..., EngineSpec], served_model_dir: Path, tmp_path: Path
-) -> Iterator[Fleet]:
+def policy(make_served_model: Callable[..., Any]) -> Any:
+    """A model that hardly ever ends by itself what it writes."""
+    model = make_served_model(max_position_embeddings=MAX_MODEL_LEN)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[model.config.eos_token_id] = 0  # tied: its logit is 0, others' are up to 7
+    return model
+
+
+@pytest.fixture
+def fleet(policy: Any, make_spec: Callable[..., EngineSpec], served_model_dir: Path, tmp_path: Path) -> Iterator[Fleet]:
     model_dir = tmp_path / "model"
-    make_served_model(max_position_embeddings=MAX_MODEL_LEN).config.save_pretrained(model_dir)
+    policy.config.save_pretrained(model_dir)
     for file in served_model_dir.glob("token*"):
         (model_dir / file.name).write_bytes(file.read_bytes())
     specs = [
@@ -144,10 +163,11 @@ async def pool_of(fleet: Fleet, lines: list[Line]) -> AsyncIterator[tuple[Engine
 
 
 def test_no_sample_is_lost_doubled_or_invented_whatever_becomes_of_the_engines(
-    fleet: Fleet, request: pytest.FixtureRequest
+    fleet: Fleet, policy: Any, request: pytest.FixtureRequest
 ) -> None:
     """All in one run of the fleet, whose start takes longer than the rest."""
     chance = random.Random(request.config.getoption("--soak-seed"))
+    _one_is_killed_restarted_and_refilled(fleet, policy, chance)
     lines = [Line(engine.spec.port) for engine in fleet.engines]
 
     async def run() -> None:
@@ -157,6 +177,122 @@ def test_no_sample_is_lost_doubled_or_invented_whatever_becomes_of_the_engines(
         await _one_after_the_other_is_lost(fleet, lines, undisturbed, chance)
 
     asyncio.run(run())
+
+
+class Step:
+    """A trainer's hold on the engines, and the same step collected as often as wanted."""
+
+    def __init__(self, fleet: Fleet, policy: Any) -> None:
+        self.fleet = fleet
+        self.holds_open = lambda: False
+        """As long as this is so, no reward comes, and the step goes on."""
+        ranks = Exchange(rank=0, world_size=1, device=torch.device("cpu"))
+        dispatch = DispatchSettings(max_in_flight=8, affinity_margin=2)
+        self.rollouts = Rollouts(
+            fleet,
+            decode=lambda prompt, rollouts: ("",) * len(rollouts),
+            score=self._score,
+            settings=RolloutSettings(
+                backends=("gloo",) * len(fleet.engines),
+                pool=PoolSettings(dispatch=dispatch, stall_s=STALL_S, poll_s=0.3),
+                restarts=RestartSettings(max_in_a_row=2, timeout_s=300.0),
+            ),
+        )
+        self.side = EngineSide(
+            ranks=ranks,
+            ledger=TimeLedger(),
+            make_sources=lambda: {MODEL: make_source(policy, wire_dtype=torch.float32)},
+            start=lambda: self.rollouts,
+            make_publisher=lambda sources, rollouts: WeightPublisher(
+                sources,
+                self.rollouts.addresses,
+                ranks=ranks,
+                device=torch.device("cpu"),
+                settings=PublishSettings(host="127.0.0.1", timeout_s=60.0),
+            ),
+        )
+
+    def collect(self) -> tuple[ScoredGroup, ...]:
+        request = GroupRequest(
+            prompts=tuple(
+                Prompt(row=row, prompt="", token_ids=requests_of(row)[0].prompt_token_ids, columns={})
+                for row in range(NUM_PROMPTS)
+            ),
+            num_generations=NUM_SAMPLES,
+            sampling=SAMPLED,
+            seed=lambda prompt, sample: 100 * prompt.row + sample,
+        )
+        return self.side.during(lambda: self.side.collect(request, timeout_s=400.0))()
+
+    def state(self, index: int) -> State:
+        return self.rollouts.loads()[index].state
+
+    def close(self) -> None:
+        """Leave the engines running."""
+        if self.side.publisher is not None:
+            self.side.publisher.close()
+        self.rollouts.leave()
+
+    async def _score(self, prompt: Prompt, rollouts: tuple[Rollout, ...], completions: Any) -> ScoredGroup:
+        while self.holds_open():
+            await asyncio.sleep(0.1)
+        rewards = np.zeros((len(rollouts), 1))
+        return ScoredGroup(prompt=prompt, rollouts=rollouts, completions=completions, rewards=rewards, extras={})
+
+
+def _texts(groups: tuple[ScoredGroup, ...]) -> Texts:
+    return [[rollout.token_ids.tolist() for rollout in group.rollouts] for group in groups]
+
+
+def _writers(groups: tuple[ScoredGroup, ...]) -> set[str]:
+    return {rollout.engine for group in groups for rollout in group.rollouts}
+
+
+def _one_is_killed_restarted_and_refilled(fleet: Fleet, policy: Any, chance: random.Random) -> None:
+    """`kill -9` in the middle of a step, and the engine holds the step's weights again before the step has ended."""
+    victim = chance.randrange(len(fleet.engines))
+    name, client = fleet.engines[victim].name, fleet.engines[victim].client
+    tree = psutil.Process(fleet.engines[victim].process.pid).children(recursive=True)
+    memory = {Path(item.path) for one in tree for item in one.memory_maps() if item.path.startswith("/dev/shm/")}
+    step = Step(fleet, policy)
+    try:
+        assert step.side.publish(1).num_workers == 3
+        undisturbed = _texts(step.collect())
+        deadline = time.monotonic() + 300
+        step.holds_open = lambda: (
+            time.monotonic() < deadline
+            and (fleet.engines[victim].client is client or step.state(victim) is not State.READY)
+        )
+
+        def kill_when_it_writes() -> None:
+            while client.num_running(10.0) == 0:
+                time.sleep(0.01)
+            _signal(fleet, victim, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_when_it_writes, daemon=True)
+        killer.start()
+        began = time.monotonic()
+        disturbed = step.collect()
+        print(f"{name} was killed and wrote again after {time.monotonic() - began:.1f} s, in the same step")
+        assert _texts(disturbed) == undisturbed
+        assert fleet.engines[victim].client.weight_version == 1 and step.side.publisher.num_proven == 2
+        counts = step.rollouts.take_counts()
+        assert counts.pop("rollout/samples_reissued") > 0
+        assert counts == {"rollout/engines_lost": 1.0, "rollout/engines_restarted": 1.0}
+        assert not [one for one in tree if one.is_running()] and not [file for file in memory if file.exists()]
+
+        again = step.collect()
+        assert _texts(again) == undisturbed
+        assert name in _writers(again)
+        with torch.no_grad():
+            policy.get_input_embeddings().weight *= 1.1
+        report = step.side.publish(2)
+        assert report.num_workers == 3 and not report.lost
+        after = step.collect()
+        assert _texts(after) != undisturbed and len(_writers(after)) == 3
+        assert {rollout.weight_version for group in after for rollout in group.rollouts} == {2}
+    finally:
+        step.close()
 
 
 async def _cut_and_compare(fleet: Fleet, lines: list[Line]) -> Texts:
