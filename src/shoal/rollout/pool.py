@@ -16,7 +16,7 @@ from shoal.protocols import RolloutEngine
 from shoal.rollout.dispatch import Dispatcher, DispatchSettings, Move
 from shoal.rollout.health import Event, Health, State, after
 from shoal.rollout.parts import go_on, join
-from shoal.rollout.seats import Seat, Ticket
+from shoal.rollout.seats import PoolCounts, Seat, Ticket
 from shoal.rollout.tasks import gather_or_cancel
 from shoal.rollout.watch import EngineWatch
 from shoal.types import UNPROVEN, EngineReport, Rollout, RolloutRequest
@@ -63,19 +63,6 @@ class PoolSettings:
     dispatch: DispatchSettings
     stall_s: float
     poll_s: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolCounts:
-    """What has gone wrong since the pool was made.
-
-    Attributes:
-        engines_lost: How often an engine was given up.
-        samples_reissued: How often a sample that an engine had begun was given to another.
-    """
-
-    engines_lost: int
-    samples_reissued: int
 
 
 class EnginePool:
@@ -370,7 +357,8 @@ class EnginePool:
         ticket.target = move.target
         seat = self._seats[move.source]
         try:
-            await asyncio.wait_for(seat.engine.cut(ticket.attempt.get_name()), _REPORT_TIMEOUT_S)
+            async with asyncio.timeout(_REPORT_TIMEOUT_S):
+                await seat.engine.cut(ticket.attempt.get_name())
         except EngineFaultError as error:
             logger.info("%s was not told to hand over a sample: %s", seat.engine.name, error)
         except (EngineRequestError, TimeoutError) as error:
@@ -389,7 +377,9 @@ class EnginePool:
         limit_s = min(_REPORT_TIMEOUT_S, self._settings.stall_s)
         asked_at = time.monotonic()
         try:
-            report: EngineReport = await asyncio.wait_for(engine.report(), limit_s)
+            # Not `wait_for`: that of Python 3.11 swallows a cancellation that comes in the moment of the answer.
+            async with asyncio.timeout(limit_s):
+                report: EngineReport = await engine.report()
         except (EngineFaultError, TimeoutError) as error:
             if seat.is_gone or seat.engine is not engine:
                 return None

@@ -1,4 +1,4 @@
-"""What the pool knows of each engine and of each sample on its way."""
+"""What the pool knows of each engine and of each sample on its way, and what it counts."""
 
 from __future__ import annotations
 
@@ -53,3 +53,16 @@ class Ticket:
     target: int | None = None
     failures: list[str] = field(default_factory=list)
     has_ended: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolCounts:
+    """What has gone wrong since the pool was made.
+
+    Attributes:
+        engines_lost: How often an engine was given up.
+        samples_reissued: How often a sample that an engine had begun was given to another.
+    """
+
+    engines_lost: int
+    samples_reissued: int
