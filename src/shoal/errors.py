@@ -3,6 +3,10 @@
 A message says what is wrong (with the value seen), why it cannot work, and what to do.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 
 class ShoalError(Exception):
     """Base of every error that Shoal raises on purpose."""
@@ -32,6 +36,10 @@ class EngineStartError(EngineError):
     """An engine process ended, or did not become ready in time, while it was being started."""
 
 
+class NoEngineError(EngineError):
+    """No engine is left, and none is on its way back. The message says of each why, and where its log is."""
+
+
 class EngineRequestError(EngineError):
     """An engine answered a request with an error, with something malformed, or not at all."""
 
@@ -42,6 +50,18 @@ class EngineFaultError(EngineRequestError):
 
 class WeightSyncError(ShoalError):
     """A publish of weights failed or timed out. The message names the engine and the step of the publish."""
+
+
+class EnginesLostError(WeightSyncError):
+    """A publish has lost every engine that it was for.
+
+    Attributes:
+        lost: Why, by name.
+    """
+
+    def __init__(self, message: str, lost: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.lost = dict(lost)
 
 
 class WeightProofError(WeightSyncError):

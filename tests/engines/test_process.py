@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.engines.process import choose_ports, reason_in, stage_in, tail
+from shoal.engines.process import choose_ports, is_free, next_log_path, reason_in, stage_in, tail
 from shoal.errors import ConfigError
 
 # Cut from what vLLM 0.32 really wrote.
@@ -62,6 +62,24 @@ def test_a_base_port_gives_a_row_of_ports() -> None:
             continue
         return
     pytest.fail("no three ports in a row are free on this machine")
+
+
+def test_a_port_is_free_until_somebody_listens_and_again_afterwards() -> None:
+    with bound() as listener:
+        port = listener.getsockname()[1]
+        assert not is_free(port)
+    assert is_free(port)
+
+
+def test_each_life_of_an_engine_has_a_log_of_its_own() -> None:
+    names = [path := Path("/runs/v1.5/engine-0.log")]
+    for _ in range(2):
+        names.append(path := next_log_path(path))
+    assert [str(name) for name in names] == [
+        "/runs/v1.5/engine-0.log",
+        "/runs/v1.5/engine-0.restart-1.log",
+        "/runs/v1.5/engine-0.restart-2.log",
+    ]
 
 
 def test_a_port_in_use_is_refused_naming_it_and_what_to_do() -> None:

@@ -318,3 +318,17 @@ def test_a_sample_costs_microseconds_with_a_thousand_engines() -> None:
             made.report(engine, report(made.in_flight(engine), kv_usage=0.5))
     per_sample_us = (time.process_time() - began) / 65536 * 1e6
     assert per_sample_us < 50, per_sample_us
+
+
+def test_an_engine_that_is_renewed_is_filled_as_one_that_never_reported() -> None:
+    dispatcher = Dispatcher(1, DispatchSettings(max_in_flight=4, affinity_margin=0))
+    dispatcher.open(0)
+    dispatcher.report(0, EngineReport(running=0, waiting=3, kv_usage=0.9, num_preemptions=7))
+    dispatcher.keep(0)
+    dispatcher.submit(0, range(4))
+    assert len(dispatcher.assign(0.0)) == 0  # three of others wait there
+    dispatcher.renew(0)
+    assert len(dispatcher.assign(0.0)) == 4
+    dispatcher.report(0, EngineReport(running=4, waiting=0, kv_usage=0.1, num_preemptions=0))
+    dispatcher.submit(1, [10])
+    assert dispatcher.assign(0.0) == []

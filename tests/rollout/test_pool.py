@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.errors import EngineError, EngineFaultError, EngineRequestError
+from shoal.errors import EngineError, EngineFaultError, EngineRequestError, NoEngineError
 from shoal.rollout.dispatch import DispatchSettings
 from shoal.rollout.health import State
 from shoal.rollout.pool import EnginePool, PoolSettings
@@ -302,7 +302,9 @@ def test_what_a_lost_engine_was_writing_is_written_by_others_and_it_is_asked_not
 
     async def run() -> tuple[Rollout, ...]:
         engines = [Mortal(f"e{i}", delay_s=lambda seed: 0.05) for i in range(3)]
-        pool = pool_of(engines, max_in_flight=4, stall_s=0.3, on_lost=lost.__setitem__)
+        pool = pool_of(
+            engines, max_in_flight=4, stall_s=0.3, on_lost=lambda name, reason: bool(lost.__setitem__(name, reason))
+        )
         async with pool.watching():
             task = asyncio.create_task(pool.generate_group(group(0, 24)))
             await asyncio.sleep(0.01)
@@ -337,7 +339,12 @@ def test_an_engine_that_takes_work_and_never_writes_is_given_up_though_it_answer
 
     async def run() -> tuple[Rollout, ...]:
         hung = FakeEngine("hung", delay_s=lambda seed: 3600.0)
-        pool = pool_of([hung, FakeEngine("fine")], max_in_flight=4, stall_s=1.0, on_lost=lost.__setitem__)
+        pool = pool_of(
+            [hung, FakeEngine("fine")],
+            max_in_flight=4,
+            stall_s=1.0,
+            on_lost=lambda name, reason: bool(lost.__setitem__(name, reason)),
+        )
         async with pool.watching():
             return await asyncio.wait_for(pool.generate_group(group(0, 12)), 10)
 
@@ -430,7 +437,7 @@ def test_an_engine_that_fails_whatever_it_is_given_is_given_up_though_it_answers
 
     async def run() -> None:
         engines = [FakeEngine("bad", fails=lambda seed: True), FakeEngine("good", delay_s=lambda seed: 0.05)]
-        pool = pool_of(engines, max_in_flight=2, on_lost=lost.__setitem__)
+        pool = pool_of(engines, max_in_flight=2, on_lost=lambda name, reason: bool(lost.__setitem__(name, reason)))
         async with pool.watching():
             while not lost:
                 await asyncio.wait_for(pool.generate_group(group(0, 8)), 20)
@@ -589,3 +596,115 @@ def test_even_engines_keep_what_they_have(monkeypatch: pytest.MonkeyPatch) -> No
     rollouts = asyncio.run(run_unevenly(full, Filling("other", 0.9, delay_s=lambda seed: 0.0), monkeypatch))
     assert full.num_cuts == 0
     assert_exactly(rollouts, range(4))
+
+
+# ---- engines that come back ----
+
+
+def test_an_engine_that_comes_back_writes_only_once_it_is_proven_and_others_write_meanwhile() -> None:
+    slow = FakeEngine("slow", delay_s=lambda seed: 60.0)
+    fast, following = FakeEngine("fast", delay_s=lambda seed: 0.01), FakeEngine("slow")
+
+    async def run() -> None:
+        pool = pool_of([slow, fast], max_in_flight=2, on_lost=lambda name, reason: True)
+        task = asyncio.create_task(pool.generate_group(group(0, 8)))
+        await asyncio.sleep(0)
+        await until(lambda: slow.running > 0)
+        pool.lost("slow", "it was killed")
+        assert pool.loads()[0].state is State.STARTING
+        assert {rollout.engine for rollout in await task} == {"fast"}
+        assert pool.counts().engines_lost == 1 and pool.counts().samples_reissued == 2
+        pool.proven(0, ["slow"])  # late news of the former process
+        assert pool.loads()[0].state is State.STARTING
+        pool.started("slow", following)
+        assert pool.loads()[0].state is State.STALE
+        await pool.generate_group(group(100, 8))
+        assert following.requests == []
+        pool.proven(0, ["slow"])
+        await pool.generate_group(group(200, 8))
+        assert len(following.requests) > 0
+
+    asyncio.run(run())
+
+
+def test_with_no_other_engine_samples_wait_for_the_one_that_is_on_its_way() -> None:
+    async def run() -> None:
+        pool = pool_of([FakeEngine("a", delay_s=lambda seed: 60.0)], on_lost=lambda name, reason: True)
+        task = asyncio.create_task(pool.generate_group(group(0, 3)))
+        await asyncio.sleep(0.01)
+        pool.lost("a", "it was killed")
+        await asyncio.sleep(0.05)
+        assert not task.done() and pool.why_hopeless() is None
+        pool.started("a", following := FakeEngine("a"))
+        pool.proven(0, ["a"])
+        assert len(await task) == len(following.requests) == 3
+
+    asyncio.run(run())
+
+
+def test_when_the_last_one_on_its_way_is_given_up_what_waits_fails_with_every_reason() -> None:
+    async def run() -> None:
+        engines = [FakeEngine(name, delay_s=lambda seed: 60.0) for name in ("a", "b")]
+        pool = pool_of(engines, on_lost=lambda name, reason: name == "a")
+        task = asyncio.create_task(pool.generate_group(group(0, 3)))
+        await asyncio.sleep(0.01)
+        pool.lost("a", "it was killed")
+        pool.lost("b", "it stalled")
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        pool.given_up("a", "it does not start")
+        with pytest.raises(NoEngineError, match=r"no engine is left.*a: it does not start; b: it stalled"):
+            await task
+
+    asyncio.run(run())
+
+
+def test_an_engine_on_its_way_is_not_watched_and_cannot_be_lost_twice() -> None:
+    lost: list[str] = []
+
+    async def run() -> None:
+        asked = []
+        pool = pool_of(
+            [FakeEngine("a"), FakeEngine("b")],
+            on_lost=lambda name, reason: bool(lost.append(name)) or True,
+            why_ended=lambda name: asked.append(name),
+        )
+        pool.lost("a", "it was killed")
+        pool.lost("a", "it was killed, as somebody else says")
+        async with pool.watching():
+            await until(lambda: asked.count("b") > 2)
+        assert lost == ["a"] and "a" not in asked
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("num_turns", range(6))
+def test_the_watch_ends_when_it_is_told_to_in_the_moment_of_an_answer(num_turns: int) -> None:
+    """`asyncio.wait_for` of Python 3.11 forgets a cancellation that comes after the answer and before its news."""
+
+    class Asked(FakeEngine):
+        answer: asyncio.Future[None] | None = None
+
+        async def report(self) -> EngineReport:
+            self.answer = asyncio.get_running_loop().create_future()
+            await self.answer
+            return await super().report()
+
+    async def run() -> None:
+        engine = Asked("a")
+        pool = pool_of([engine])
+        async with asyncio.timeout(20):
+            async with pool.watching():
+                await until(lambda: engine.answer is not None)
+                assert engine.answer is not None
+                engine.answer.set_result(None)
+                for _ in range(num_turns):
+                    await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)

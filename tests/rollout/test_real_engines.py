@@ -7,34 +7,50 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
 from shoal.engines.client import EngineClient
 from shoal.engines.command import EngineSpec
 from shoal.engines.fleet import Fleet
 from shoal.engines.process import choose_ports
+from shoal.engines.restarts import RestartSettings
 from shoal.errors import EngineError
+from shoal.observe.ledger import TimeLedger
+from shoal.rollout.collector import GroupRequest
 from shoal.rollout.dispatch import DispatchSettings
 from shoal.rollout.health import State
 from shoal.rollout.parts import go_on, join
 from shoal.rollout.pool import EnginePool, PoolSettings
-from shoal.types import Rollout, RolloutRequest, SamplingSettings
+from shoal.trainer.engine_side import EngineSide
+from shoal.trainer.exchange import Exchange
+from shoal.trainer.rollouts import Rollouts, RolloutSettings
+from shoal.types import Prompt, Rollout, RolloutRequest, SamplingSettings, ScoredGroup
+from shoal.weights.group import PublishSettings
+from shoal.weights.publisher import WeightPublisher
+from shoal.weights.sources import make_source
+from shoal.wire.agreement import MODEL
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 STALL_S = 8.0
 MOMENT_S = 2.0
+WAIT_S = 60.0
+"""Longest that a test waits for what comes at once on an idle machine."""
+MAX_MODEL_LEN = 4096
 NUM_PROMPTS, NUM_SAMPLES = 8, 4
 # Greedy, these weights write one token for ever; sampled, every seed writes something else.
 SAMPLED = SamplingSettings(temperature=1.0, max_tokens=160, stop_token_ids=())
@@ -85,8 +101,24 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 
 @pytest.fixture
-def fleet(make_spec: Callable[..., EngineSpec], tmp_path: Path) -> Iterator[Fleet]:
-    specs = [make_spec(f"engine-{i}", port) for i, port in enumerate(choose_ports(3, None))]
+def policy(make_served_model: Callable[..., Any]) -> Any:
+    """A model that hardly ever ends by itself what it writes."""
+    model = make_served_model(max_position_embeddings=MAX_MODEL_LEN)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[model.config.eos_token_id] = 0  # tied: its logit is 0, others' are up to 7
+    return model
+
+
+@pytest.fixture
+def fleet(policy: Any, make_spec: Callable[..., EngineSpec], served_model_dir: Path, tmp_path: Path) -> Iterator[Fleet]:
+    model_dir = tmp_path / "model"
+    policy.config.save_pretrained(model_dir)
+    for file in served_model_dir.glob("token*"):
+        (model_dir / file.name).write_bytes(file.read_bytes())
+    specs = [
+        make_spec(f"engine-{i}", port, model_dir=model_dir, max_model_len=MAX_MODEL_LEN)
+        for i, port in enumerate(choose_ports(3, None))
+    ]
     with Fleet.start(specs, log_dir=tmp_path / "logs", timeout_s=500, request_timeout_s=120) as running:
         yield running
 
@@ -131,10 +163,11 @@ async def pool_of(fleet: Fleet, lines: list[Line]) -> AsyncIterator[tuple[Engine
 
 
 def test_no_sample_is_lost_doubled_or_invented_whatever_becomes_of_the_engines(
-    fleet: Fleet, request: pytest.FixtureRequest
+    fleet: Fleet, policy: Any, request: pytest.FixtureRequest
 ) -> None:
     """All in one run of the fleet, whose start takes longer than the rest."""
     chance = random.Random(request.config.getoption("--soak-seed"))
+    _one_is_killed_restarted_and_refilled(fleet, policy, chance)
     lines = [Line(engine.spec.port) for engine in fleet.engines]
 
     async def run() -> None:
@@ -146,17 +179,129 @@ def test_no_sample_is_lost_doubled_or_invented_whatever_becomes_of_the_engines(
     asyncio.run(run())
 
 
+class Step:
+    """A trainer's hold on the engines, and the same step collected as often as wanted."""
+
+    def __init__(self, fleet: Fleet, policy: Any) -> None:
+        self.fleet = fleet
+        self.holds_open = lambda: False
+        """As long as this is so, no reward comes, and the step goes on."""
+        ranks = Exchange(rank=0, world_size=1, device=torch.device("cpu"))
+        dispatch = DispatchSettings(max_in_flight=8, affinity_margin=2)
+        self.rollouts = Rollouts(
+            fleet,
+            decode=lambda prompt, rollouts: ("",) * len(rollouts),
+            score=self._score,
+            settings=RolloutSettings(
+                backends=("gloo",) * len(fleet.engines),
+                pool=PoolSettings(dispatch=dispatch, stall_s=STALL_S, poll_s=0.3),
+                restarts=RestartSettings(max_in_a_row=2, timeout_s=300.0),
+            ),
+        )
+        self.side = EngineSide(
+            ranks=ranks,
+            ledger=TimeLedger(),
+            make_sources=lambda: {MODEL: make_source(policy, wire_dtype=torch.float32)},
+            start=lambda: self.rollouts,
+            make_publisher=lambda sources, rollouts: WeightPublisher(
+                sources,
+                self.rollouts.addresses,
+                ranks=ranks,
+                device=torch.device("cpu"),
+                settings=PublishSettings(host="127.0.0.1", timeout_s=60.0),
+            ),
+        )
+
+    def collect(self) -> tuple[ScoredGroup, ...]:
+        request = GroupRequest(
+            prompts=tuple(
+                Prompt(row=row, prompt="", token_ids=requests_of(row)[0].prompt_token_ids, columns={})
+                for row in range(NUM_PROMPTS)
+            ),
+            num_generations=NUM_SAMPLES,
+            sampling=SAMPLED,
+            seed=lambda prompt, sample: 100 * prompt.row + sample,
+        )
+        return self.side.during(lambda: self.side.collect(request, timeout_s=400.0))()
+
+    def state(self, index: int) -> State:
+        return self.rollouts.loads()[index].state
+
+    def close(self) -> None:
+        """Leave the engines running."""
+        if self.side.publisher is not None:
+            self.side.publisher.close()
+        self.rollouts.leave()
+
+    async def _score(self, prompt: Prompt, rollouts: tuple[Rollout, ...], completions: Any) -> ScoredGroup:
+        while self.holds_open():
+            await asyncio.sleep(0.1)
+        rewards = np.zeros((len(rollouts), 1))
+        return ScoredGroup(prompt=prompt, rollouts=rollouts, completions=completions, rewards=rewards, extras={})
+
+
+def _texts(groups: tuple[ScoredGroup, ...]) -> Texts:
+    return [[rollout.token_ids.tolist() for rollout in group.rollouts] for group in groups]
+
+
+def _writers(groups: tuple[ScoredGroup, ...]) -> set[str]:
+    return {rollout.engine for group in groups for rollout in group.rollouts}
+
+
+def _one_is_killed_restarted_and_refilled(fleet: Fleet, policy: Any, chance: random.Random) -> None:
+    """`kill -9` in the middle of a step, and the engine holds the step's weights again before the step has ended."""
+    victim = chance.randrange(len(fleet.engines))
+    name, client = fleet.engines[victim].name, fleet.engines[victim].client
+    tree = psutil.Process(fleet.engines[victim].process.pid).children(recursive=True)
+    memory = {Path(item.path) for one in tree for item in one.memory_maps() if item.path.startswith("/dev/shm/")}
+    step = Step(fleet, policy)
+    try:
+        assert step.side.publish(1).num_workers == 3
+        undisturbed = _texts(step.collect())
+        deadline = time.monotonic() + 300
+        step.holds_open = lambda: (
+            time.monotonic() < deadline
+            and (fleet.engines[victim].client is client or step.state(victim) is not State.READY)
+        )
+
+        def kill_when_it_writes() -> None:
+            while client.num_running(10.0) == 0:
+                time.sleep(0.01)
+            _signal(fleet, victim, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_when_it_writes, daemon=True)
+        killer.start()
+        began = time.monotonic()
+        disturbed = step.collect()
+        print(f"{name} was killed and wrote again after {time.monotonic() - began:.1f} s, in the same step")
+        assert _texts(disturbed) == undisturbed
+        assert fleet.engines[victim].client.weight_version == 1 and step.side.publisher.num_proven == 2
+        counts = step.rollouts.take_counts()
+        assert counts.pop("rollout/samples_reissued") > 0
+        assert counts == {"rollout/engines_lost": 1.0, "rollout/engines_restarted": 1.0}
+        assert not [one for one in tree if one.is_running()] and not [file for file in memory if file.exists()]
+
+        again = step.collect()
+        assert _texts(again) == undisturbed
+        assert name in _writers(again)
+        with torch.no_grad():
+            policy.get_input_embeddings().weight *= 1.1
+        report = step.side.publish(2)
+        assert report.num_workers == 3 and not report.lost
+        after = step.collect()
+        assert _texts(after) != undisturbed and len(_writers(after)) == 3
+        assert {rollout.weight_version for group in after for rollout in group.rollouts} == {2}
+    finally:
+        step.close()
+
+
 async def _cut_and_compare(fleet: Fleet, lines: list[Line]) -> Texts:
     """Return what undisturbed engines write. One of them hands a completion over half-way."""
     async with pool_of(fleet, lines) as (pool, clients):
         undisturbed = await write_all(pool)
         texts = [str(text) for group in undisturbed for text in group]
         assert len(set(texts)) == NUM_PROMPTS * NUM_SAMPLES  # a mix-up would show
-        # A long one, so that there is something to cut.
-        _, prompt, sample = max((len(undisturbed[p][k]), p, k) for p in range(NUM_PROMPTS) for k in range(NUM_SAMPLES))
-        num_before, whole = await _cut_and_go_on(clients[0], requests_of(prompt)[sample])
-        assert whole[:num_before] == undisturbed[prompt][sample][:num_before]
-        assert num_before < len(whole) <= SAMPLED.max_tokens
+        await _cut_and_go_on(clients[0], undisturbed)
         return undisturbed
 
 
@@ -164,10 +309,10 @@ async def _one_is_lost_and_comes_back(
     fleet: Fleet, lines: list[Line], undisturbed: Texts, chance: random.Random
 ) -> None:
     victim = chance.randrange(len(lines))
-    async with pool_of(fleet, lines) as (pool, _):
+    async with pool_of(fleet, lines) as (pool, clients):
         fate = chance.choice(("frozen", "nonsense", "frozen for a moment"))
         print(f"{fleet.engines[victim].name}: {fate}")
-        await _during(pool, undisturbed, lambda: _strike(fleet, lines, victim, fate), chance)
+        await _during(pool, clients[victim], undisturbed, lambda: _strike(fleet, lines, victim, fate), chance)
         if fate == "frozen for a moment":
             await asyncio.sleep(MOMENT_S)
             assert all(load.state is not State.DEAD for load in pool.loads())
@@ -183,14 +328,14 @@ async def _one_after_the_other_is_lost(
     fleet: Fleet, lines: list[Line], undisturbed: Texts, chance: random.Random
 ) -> None:
     first, second, last = chance.sample(range(len(lines)), 3)
-    async with pool_of(fleet, lines) as (pool, _):
+    async with pool_of(fleet, lines) as (pool, clients):
         began = time.monotonic()
-        await _during(pool, undisturbed, lambda: _strike(fleet, lines, first, "killed"), chance)
+        await _during(pool, clients[first], undisturbed, lambda: _strike(fleet, lines, first, "killed"), chance)
         await _until_dead(pool, first)
         print(f"a run in which an engine was killed took {time.monotonic() - began:.1f} s")
-        await _during(pool, undisturbed, lambda: _strike(fleet, lines, second, "frozen"), chance)
+        await _during(pool, clients[second], undisturbed, lambda: _strike(fleet, lines, second, "frozen"), chance)
         with pytest.raises(EngineError) as failure:
-            await _during(pool, undisturbed, lambda: _strike(fleet, lines, last, "killed"), chance)
+            await _during(pool, clients[last], undisturbed, lambda: _strike(fleet, lines, last, "killed"), chance)
         said = str(failure.value)
         assert "no engine is left" in said
         assert said.count("ended with status") == 2 and f"{fleet.engines[second].name}: it did not answer" in said
@@ -206,10 +351,17 @@ def _strike(fleet: Fleet, lines: list[Line], victim: int, fate: str) -> None:
         threading.Timer(MOMENT_S, lambda: _signal(fleet, victim, signal.SIGCONT)).start()
 
 
-async def _during(pool: EnginePool, undisturbed: Texts, act: Callable[[], None], chance: random.Random) -> None:
-    """Do something at a random moment of a run, and compare what the run writes with what it should."""
+async def _during(
+    pool: EnginePool, client: EngineClient, undisturbed: Texts, act: Callable[[], None], chance: random.Random
+) -> None:
+    """Do something while an engine is writing, and compare what the run writes with what it should.
+
+    When is a matter of how much the engine has written, not of time: at most half of what three engines write each.
+    """
+    num_all = sum(len(text) for group in undisturbed for text in group)
+    moment = await _num_tokens(client) + chance.randrange(num_all // 6)
     task = asyncio.create_task(write_all(pool))
-    await asyncio.sleep(chance.uniform(0.05, 1.0))
+    await _until_written(client, moment, task)
     assert not task.done(), "there was nothing left to disturb"
     act()
     assert await task == undisturbed
@@ -224,17 +376,46 @@ async def _until_dead(pool: EnginePool, index: int) -> None:
             await asyncio.sleep(0.1)
 
 
-async def _cut_and_go_on(client: EngineClient, request: RolloutRequest) -> tuple[int, list[int]]:
-    """Have an engine hand a completion over half-way and go on with it; return where, and the whole."""
-    parts: list[Rollout] = []
-    task = asyncio.create_task(client.generate(go_on(request, parts, name="a")))
-    await asyncio.sleep(0.1)
-    await client.cut("a")
-    parts.append(await task)
-    assert parts[0].finish_reason == "cut"
-    assert 0 < len(parts[0].token_ids) < SAMPLED.max_tokens
-    parts.append(await client.generate(go_on(request, parts, name="b")))
-    return len(parts[0].token_ids), join(parts).token_ids.tolist()
+async def _cut_and_go_on(client: EngineClient, undisturbed: Texts) -> None:
+    """Have an engine hand a completion over unfinished and go on with it, as if it had never stopped.
+
+    A completion may end between being seen and being cut, however long it may grow: then another one is tried.
+    """
+    at_length = replace(SAMPLED, max_tokens=MAX_MODEL_LEN // 2)
+    by_length = sorted(
+        itertools.product(range(NUM_PROMPTS), range(NUM_SAMPLES)), key=lambda i: -len(undisturbed[i[0]][i[1]])
+    )
+    for attempt, (prompt, sample) in enumerate(by_length):
+        request = replace(requests_of(prompt)[sample], sampling=at_length)
+        num_read = len(request.prompt_token_ids)
+        before = await _num_tokens(client)
+        task = asyncio.create_task(client.generate(go_on(request, [], name=f"a{attempt}")))
+        await _until_written(client, before + num_read, task)
+        await client.cut(f"a{attempt}")
+        part = await task
+        if part.finish_reason == "cut":
+            rest = await client.generate(go_on(request, [part], name=f"b{attempt}"))
+            num_before, whole = len(part.token_ids), join([part, rest]).token_ids.tolist()
+            alike = min(num_before, len(undisturbed[prompt][sample]))
+            assert whole[:alike] == undisturbed[prompt][sample][:alike]
+            assert 0 < num_before < len(whole) <= at_length.max_tokens
+            return
+    raise AssertionError("no completion could be cut before it ended")
+
+
+async def _num_tokens(client: EngineClient) -> int:
+    """Return how many tokens an engine has read and written so far."""
+    num_tokens = (await client.report()).num_tokens
+    assert num_tokens is not None
+    return num_tokens
+
+
+async def _until_written(client: EngineClient, num_tokens: int, task: asyncio.Task[Any]) -> None:
+    """Wait until an engine has read and written more than so many tokens, or the task has ended before."""
+    deadline = time.monotonic() + WAIT_S
+    while not task.done() and await _num_tokens(client) <= num_tokens:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
 
 
 def _signal(fleet: Fleet, index: int, number: signal.Signals) -> None:

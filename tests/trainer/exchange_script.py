@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from shoal.errors import RewardError
+from shoal.errors import NoEngineError, RewardError, WeightProofError
+from shoal.trainer.comebacks import Comebacks
 from shoal.trainer.exchange import Exchange
 from shoal.types import Sequence
 
@@ -64,6 +65,66 @@ def raises(error: BaseException) -> Callable[[], Any]:
     return make
 
 
+class Publisher:
+    """Fills an engine with what all ranks add up, as the real one adds up digests."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self.events: list[Any] = []
+
+    def refill(self, name: str, address: str | None, version: int) -> None:
+        """Do what a publish does between ranks; an engine of an odd name fails on all of them."""
+        total = self._exchange.sum(torch.tensor([self._exchange.rank + 1])).item()
+        self.events.append([name, address, version, total])
+
+        def prove() -> None:
+            if name == "engine-1":
+                raise WeightProofError("engine-1 holds something else")
+
+        self._exchange.json(prove)
+
+
+class Rollouts:
+    """Engines of which two come back, one after the other. On rank 0."""
+
+    def __init__(self) -> None:
+        self.version = 7
+        self.events: list[Any] = []
+        self._back = [["engine-0"], [], ["engine-1"], []]
+
+    def take_back(self) -> list[str]:
+        """Return those that are back."""
+        return self._back.pop(0)
+
+    def address(self, name: str) -> str:
+        """Return where one is."""
+        return f"at {name}"
+
+    def refilled(self, name: str, version: int) -> None:
+        """Take note."""
+        self.events.append([name, version])
+
+    def lost(self, reasons: dict[str, str]) -> None:
+        """Take note."""
+        self.events.append(reasons)
+
+
+def come_back(exchange: Exchange, error: BaseException | None) -> Any:
+    """Work on rank 0 while two engines come back; return what this rank has seen, and the result that all get."""
+    publisher, rollouts = Publisher(exchange), Rollouts() if exchange.rank == 0 else None
+    comebacks = Comebacks(exchange, cast(Any, publisher), cast(Any, rollouts))
+
+    def work() -> str:
+        for _ in range(4):
+            comebacks.meanwhile()
+        if error is not None:
+            raise error
+        return "the batch"
+
+    result = outcome(lambda: exchange.json(comebacks.during(work)))
+    return [publisher.events, rollouts.events if rollouts is not None else None, result]
+
+
 def outcome(call: Callable[[], Any]) -> dict[str, Any]:
     """What a call returned or raised."""
     try:
@@ -99,6 +160,9 @@ def main() -> None:
         "not sequences": outcome(lambda: exchange.sequences(counted("not sequences", ["text"]))),
         "gathered": outcome(lambda: exchange.gather_json({"rank": rank, "ü": ["x" * 1000 * rank, None]})),
         "summed": outcome(lambda: exchange.sum(torch.tensor([rank + 1, 2**63 - 1, -(2**63)])).tolist()),
+        "come back": outcome(lambda: come_back(exchange, None)),
+        "come back and fail": outcome(lambda: come_back(exchange, RewardError("it raised"))),
+        "none comes back": outcome(lambda: come_back(exchange, NoEngineError("no engine is left: engine-0 died"))),
         "after all that": outcome(lambda: exchange.json(counted("after all that", "still here"))),
     }
     results["calls"] = {"value": calls}

@@ -4,63 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from shoal.engines.fleet import Fleet, ManagedEngine
+from shoal.engines.fleet import Fleet
+from shoal.engines.restarts import RestartSettings
 from shoal.errors import EngineError, WeightSyncError
 from shoal.observe.ledger import TimeLedger
 from shoal.rollout.dispatch import DispatchSettings
 from shoal.rollout.pool import PoolSettings
-from shoal.testing import FakeEngine
+from shoal.testing.fleet import fake_fleet, fake_processes
 from shoal.testing.ranks import ThreadRanks, on_ranks
 from shoal.trainer.engine_side import EngineSide
 from shoal.trainer.rollouts import Rollouts, RolloutSettings
 from shoal.types import PublishReport
 
 
-class Process:
-    """Stands in for an engine's process."""
-
-    def __init__(self) -> None:
-        self.status: int | None = None
-        self.num_asked = 0
-        self.log_path = "engine.log"
-        self.spec = SimpleNamespace(num_workers=1)
-
-    def exit_status(self) -> int | None:
-        return self.status
-
-    def why_it_died(self) -> str:
-        return "no reason"
-
-    def ask_to_end(self) -> None:
-        self.num_asked += 1
-        self.status = self.status or -15
-
-    def wait_ended(self) -> None: ...
-
-
-class Client(FakeEngine):
-    async def aclose(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def fleet_of(num_engines: int) -> Fleet:
-    return Fleet(
-        [
-            ManagedEngine(process=cast(Any, Process()), client=cast(Any, Client(f"engine-{i}")))
-            for i in range(num_engines)
-        ]
-    )
-
-
 def rollouts_of(fleet: Fleet) -> Rollouts:
     pool = PoolSettings(dispatch=DispatchSettings(max_in_flight=4, affinity_margin=3), stall_s=30.0)
-    settings = RolloutSettings(backends=("gloo",) * len(fleet.engines), pool=pool)
+    settings = RolloutSettings(
+        backends=("gloo",) * len(fleet.engines),
+        pool=pool,
+        restarts=RestartSettings(max_in_a_row=0, timeout_s=1.0),
+    )
     return Rollouts(fleet, decode=cast(Any, None), score=cast(Any, None), settings=settings)
 
 
@@ -69,20 +36,16 @@ def report(version: int, **lost: str) -> PublishReport:
     return PublishReport(version=version, num_workers=1, num_digests=0, num_bytes=0, lost=lost, seconds=0.0)
 
 
-def processes(fleet: Fleet) -> list[Process]:
-    return [cast(Process, engine.process) for engine in fleet.engines]
-
-
 # ---- fleets ----
 
 
 def test_an_engine_that_was_ended_is_no_death_and_the_others_run_on() -> None:
-    fleet = fleet_of(3)
+    fleet = fake_fleet(3)
     fleet.end("engine-1")
-    assert [process.num_asked for process in processes(fleet)] == [0, 1, 0]
+    assert [process.num_asked for process in fake_processes(fleet)] == [0, 1, 0]
     fleet.check_alive()
-    processes(fleet)[2].status = 9
-    with pytest.raises(EngineError, match=r"engine-2 ended with status 9: no reason \(see engine\.log\)"):
+    fake_processes(fleet)[2].status = 9
+    with pytest.raises(EngineError, match=r"engine-2 ended with status 9: no reason \(see engine-2\.0\.log\)"):
         fleet.check_alive()
 
 
@@ -90,15 +53,15 @@ def test_an_engine_that_was_ended_is_no_death_and_the_others_run_on() -> None:
 
 
 def test_an_engine_that_a_publish_has_lost_is_ended_and_asked_nothing_more(caplog: pytest.LogCaptureFixture) -> None:
-    fleet = fleet_of(2)
+    fleet = fake_fleet(2)
     rollouts = rollouts_of(fleet)
     assert [address.client.name for address in rollouts.addresses] == ["engine-0", "engine-1"]
     rollouts.publishing(1)
     rollouts.take(report(1))
-    assert rollouts.version == 1 and [process.num_asked for process in processes(fleet)] == [0, 0]
+    assert rollouts.version == 1 and [process.num_asked for process in fake_processes(fleet)] == [0, 0]
     rollouts.publishing(2)
     rollouts.take(report(2, engine_0="it stalled"))
-    assert rollouts.version == 2 and [process.num_asked for process in processes(fleet)] == [1, 0]
+    assert rollouts.version == 2 and [process.num_asked for process in fake_processes(fleet)] == [1, 0]
     assert "engine-0 is ended, the run goes on with the other engines: it stalled" in caplog.text
     rollouts.check_alive()
     assert asyncio.run(_homes(rollouts)) == {"engine-1"}
@@ -120,8 +83,9 @@ class Publisher:
     """Notes what is asked of it."""
 
     plans = ()
+    live_engines = ("engine-0",)
 
-    def __init__(self, events: list[str], fails_at: set[str]) -> None:
+    def __init__(self, events: list[str], fails_at: dict[str, Callable[[], None]]) -> None:
         self._events = events
         self._fails_at = fails_at
 
@@ -129,6 +93,7 @@ class Publisher:
         def note(*arguments: Any) -> Any:
             self._events.append(" ".join(map(str, (name, *arguments))))
             if name in self._fails_at:
+                self._fails_at[name]()
                 raise WeightSyncError(f"{name} fails")
             return report(*arguments) if name == "publish" else None
 
@@ -140,8 +105,8 @@ class Side:
 
     def __init__(self, ranks: ThreadRanks) -> None:
         self.events: list[str] = []
-        self.fails_at: set[str] = set()
-        self.fleet = fleet_of(1)
+        self.fails_at: dict[str, Callable[[], None]] = {}
+        self.fleet = fake_fleet(1)
         self.real = EngineSide(
             ranks=ranks,
             ledger=TimeLedger(),
@@ -152,6 +117,7 @@ class Side:
 
     def _start(self) -> Rollouts:
         self.events.append("start")
+        self.fleet = fake_fleet(1)
         return rollouts_of(self.fleet)
 
 
@@ -180,10 +146,10 @@ def test_a_dead_process_explains_a_failed_publish() -> None:
     def run(ranks: ThreadRanks) -> None:
         side = Side(ranks)
         side.real.publish(1)
-        side.fails_at.add("publish")
+        side.fails_at["publish"] = lambda: None
         with pytest.raises(WeightSyncError, match="publish fails"):
             side.real.publish(2)
-        processes(side.fleet)[0].status = 1
+        side.fails_at["publish"] = lambda: setattr(fake_processes(side.fleet)[0], "status", 1)
         with pytest.raises(EngineError, match="engine-0 ended with status 1"):
             side.real.publish(2)
         side.real.close()
@@ -194,7 +160,7 @@ def test_a_dead_process_explains_a_failed_publish() -> None:
 def test_a_meeting_that_failed_is_tried_again_before_anything_is_published() -> None:
     def run(ranks: ThreadRanks) -> list[str]:
         side = Side(ranks)
-        side.fails_at.add("connect")
+        side.fails_at["connect"] = lambda: None
         with pytest.raises(WeightSyncError, match="connect fails"):
             side.real.publish(1)
         side.fails_at.clear()

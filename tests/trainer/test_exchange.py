@@ -78,6 +78,22 @@ def test_every_ranks_value_is_gathered_on_all_ranks_in_order(outcomes: Any) -> N
     assert [outcome["gathered"]["value"] for outcome in outcomes] == [gathered] * NUM_PROCESSES
 
 
+def test_engines_that_come_back_are_refilled_by_all_ranks_while_rank_zero_works(outcomes: Any) -> None:
+    sent = [["engine-0", "at engine-0", 7, 3], ["engine-1", "at engine-1", 7, 3]]
+    noted = [["engine-0", 7], {"engine-1": "engine-1 holds something else"}]
+    elsewhere = [[name, None, version, total] for name, _, version, total in sent]
+    for name in ("come back", "come back and fail", "none comes back"):
+        first, second = (outcome[name]["value"] for outcome in outcomes)
+        assert (first[0], second[0]) == (sent, elsewhere)
+        assert (first[1], second[1]) == (noted, None)
+    assert [outcome["come back"]["value"][2] for outcome in outcomes] == [{"value": "the batch"}] * 2
+    failed = [outcome["come back and fail"]["value"][2]["error"] for outcome in outcomes]
+    assert failed == ["RewardError", "RankZeroFailedError"]
+    for outcome in outcomes:  # one error for all, so that all save a checkpoint together
+        said = outcome["none comes back"]["value"][2]
+        assert said == {"error": "NoEngineError", "message": "no engine is left: engine-0 died"}
+
+
 def test_sums_over_ranks_wrap_around_at_two_to_the_sixty_four(outcomes: Any) -> None:
     assert [outcome["summed"]["value"] for outcome in outcomes] == [[3, -2, 0]] * NUM_PROCESSES
 

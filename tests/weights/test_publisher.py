@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from shoal.errors import WeightProofError, WeightSyncError
+from shoal.errors import EnginesLostError, WeightProofError, WeightSyncError
 from shoal.testing.loopback import LoopbackEngine, LoopbackWorker
 from shoal.testing.ranks import ThreadRanks, on_ranks
 from shoal.types import UNPROVEN, Interval, ParameterMeta, PublishReport
@@ -156,12 +156,26 @@ class Site:
         )
         return reports[0]
 
+    def come_back(self, index: int, engine: LoopbackEngine, version: int | None) -> list[Any]:
+        """Put another engine in the place of one, and fill it alone, or only meet it if there is no version."""
+        self.engines[index] = engine
+
+        def act(ranks: ThreadRanks) -> Any:
+            publisher = with_ranks(self.publishers[ranks.rank], ranks)
+            address = EngineAddress(client=engine, num_workers=len(engine.workers), backend="gloo")
+            own = address if ranks.rank == 0 else None
+            if version is None:
+                return publisher.admit(engine.name, own)
+            return publisher.refill(engine.name, own, version)
+
+        return on_ranks(self.num_ranks, act)
+
     def holds(self, version: int, engine: int) -> bool:
         return all(holds(worker, checkpoint(version)) for worker in self.engines[engine].workers)
 
 
 def with_ranks(publisher: WeightPublisher, ranks: ThreadRanks) -> WeightPublisher:
-    publisher.group.ranks = ranks
+    publisher._ranks = publisher.group.ranks = ranks
     return publisher
 
 
@@ -451,11 +465,12 @@ def test_when_no_engine_is_left_that_is_an_error_on_every_rank(connected: Make, 
     for engine in site.engines:
         engine.fails_at.add(what)
     first, second = site.outcomes(1)
-    assert isinstance(first, WeightSyncError) and "told to fail" in str(first)
-    assert isinstance(second, Exception)
+    assert isinstance(first, EnginesLostError) and "told to fail" in str(first)
+    assert isinstance(second, EnginesLostError) and second.lost == first.lost
+    assert sorted(first.lost) == ["engine-0", "engine-1"]
     assert [engine.weight_version for engine in site.engines] == [UNPROVEN] * 2
     again, _ = site.outcomes(2)
-    assert isinstance(again, WeightSyncError) and "no engine is left" in str(again)
+    assert isinstance(again, EnginesLostError) and "no engine is left" in str(again) and again.lost == {}
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -479,6 +494,111 @@ def test_a_source_that_raises_ends_the_publish_on_every_rank_and_every_engine_is
     assert [engine.weight_version for engine in site.engines] == [UNPROVEN] * 2
     site.connect()
     assert site.publish(3).num_workers == 3 and site.holds(3, 0) and site.holds(3, 1)
+
+
+# ---- engines that come back ----
+
+
+@pytest.mark.parametrize(("num_ranks", "is_sharded"), [(1, False), (2, False), (2, True)], ids=str)
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_engine_that_comes_back_is_filled_alone_and_is_one_of_all_afterwards(
+    connected: Make, index: int, num_ranks: int, is_sharded: bool
+) -> None:
+    site = connected(num_ranks=num_ranks, is_sharded=is_sharded)
+    site.publish(1)
+    site.engines[index].fails_at.add("/shoal/receive")
+    assert list(site.publish(2).lost) == [f"engine-{index}"]
+    shards = [[Shard()], [Shard(0, 2), Shard(1, 2)]][index]
+    other = site.engines[1 - index]
+    called, salt = list(other.called), other.cache_salt
+
+    reports = [unwrap(outcome) for outcome in site.come_back(index, LoopbackEngine(f"engine-{index}", shards), 2)]
+
+    assert {(report.version, report.num_workers, report.num_digests) for report in reports} == {
+        (2, len(shards), 4 * len(shards))
+    }
+    assert site.holds(2, index) and site.engines[index].weight_version == 2
+    assert (other.called, other.cache_salt, other.weight_version) == (called, salt, 2)  # it was left alone
+    assert {publisher.live_engines for publisher in site.publishers} == {("engine-0", "engine-1")}
+    for version in (3, 4):
+        report = site.publish(version)
+        assert (report.num_workers, report.num_digests, report.lost) == (3, 12, {})
+        assert site.holds(version, 0) and site.holds(version, 1)
+
+
+def test_an_engine_that_comes_back_with_other_values_fails_its_proof_and_is_not_taken_in(
+    connected: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = connected(num_ranks=2)
+    site.publish(1)
+    with_ranks_left(site, "engine-0")
+    engine = LoopbackEngine("engine-0", [Shard()])
+    settle = ParameterSink.settle
+
+    def settle_wrongly(sink: ParameterSink, message: Any) -> Any:
+        engine.workers[0].model.get_parameter("down.weight").data.view(torch.uint8).view(-1)[0] ^= 1
+        return settle(sink, message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParameterSink, "settle", settle_wrongly)
+        first, second = site.come_back(0, engine, 1)
+    assert isinstance(first, WeightProofError) and "down.weight" in str(first) and isinstance(second, WeightSyncError)
+    assert engine.weight_version == UNPROVEN
+    assert {publisher.live_engines for publisher in site.publishers} == {("engine-1",)}
+    assert site.publish(2).num_workers == 2
+    site.come_back(0, LoopbackEngine("engine-0", [Shard()]), 2)
+    assert site.publish(3).num_workers == 3  # the control
+
+
+@pytest.mark.parametrize("method", ["shoal_meet", "shoal_join", "/shoal/receive", "/resume"])
+@pytest.mark.parametrize("version", [None, 1])
+def test_an_engine_that_fails_again_as_it_comes_back_changes_nothing_for_the_others(
+    connected: Make, method: str, version: int | None
+) -> None:
+    site = connected(num_ranks=2, timeout_s=2)
+    site.publish(1)
+    with_ranks_left(site, "engine-1")
+    engine = LoopbackEngine("engine-1", [Shard(0, 2), Shard(1, 2)])
+    engine.fails_at.add(method)
+    outcomes = site.come_back(1, engine, version)
+    if version is None and method.startswith("/"):
+        assert outcomes == [None, None]  # met, and lost by the publish below
+    else:
+        assert isinstance(outcomes[0], WeightSyncError) and "told to fail" in str(outcomes[0])
+        assert isinstance(outcomes[1], Exception)
+        assert {publisher.live_engines for publisher in site.publishers} == {("engine-0",)}
+    assert site.publish(2).num_workers == 1 and site.holds(2, 0)
+
+
+def test_an_engine_that_was_met_again_is_filled_by_the_next_publish(connected: Make) -> None:
+    site = connected(num_ranks=2, is_sharded=True)
+    site.publish(1)
+    with_ranks_left(site, "engine-0")
+    assert site.publish(2).num_workers == 2
+    site.come_back(0, LoopbackEngine("engine-0", [Shard()]), None)
+    assert not site.holds(2, 0) and site.engines[0].weight_version == UNPROVEN
+    assert site.publish(3).num_workers == 3 and site.holds(3, 0) and site.holds(3, 1)
+
+
+def test_an_engine_that_comes_back_with_another_model_is_refused_naming_the_parameter(connected: Make) -> None:
+    class WithoutNorm(Shard):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.norm
+
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            super().load_weights((name, value) for name, value in weights if name != "norm")
+
+    site = connected()
+    site.publish(1)
+    (refusal,) = site.come_back(0, LoopbackEngine("engine-0", [WithoutNorm()]), 1)
+    assert isinstance(refusal, WeightSyncError)
+    assert "engine-0 takes other parameters than the engines that the run began with: norm" in str(refusal)
+
+
+def with_ranks_left(site: Site, name: str) -> None:
+    """Have all ranks leave an engine."""
+    on_ranks(site.num_ranks, lambda ranks: with_ranks(site.publishers[ranks.rank], ranks).leave([name]))
 
 
 # ---- meeting ----

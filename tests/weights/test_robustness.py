@@ -406,7 +406,7 @@ def test_the_next_trainer_takes_over_the_engines_when_one_is_killed_in_a_publish
     trainer.tell("publish", version=scene.next_version())
     wait_for_moment(trainer, name, aimed, durations, draw)
     killed_at = trainer.kill()
-    assert not left_of(children, timeout_s=1.0)
+    assert not left_of(children, timeout_s=END_S)
     scene.drop_trainer()
     assert all(scene.engine(name).client.is_healthy() for name in scene.names)
     connected = following.do("connect", engines=scene.described())
@@ -461,14 +461,16 @@ def test_a_worker_that_stalls_is_named_and_costs_the_other_engine_nothing(
             "others stood still s": stood_still_s(events, others),
             "next proven by": ", ".join(following.get("proven", ())) or "nobody",
             "next s": round(following["seconds"], 2),
-            "said": scene.shortened(hit.get("error") or " ".join(hit["lost"].values())),
+            "said": scene.shortened(hit.get("error") or " ".join(hit["lost"].values()) or "(the publish was over)"),
         }
     )
 
-    assert list(hit["lost"]) == [name], hit
-    assert re.findall(r"engine-\d worker \d", hit["lost"][name].partition(" did not ")[0]) == [who], hit["lost"][name]
-    assert hit["proven"] == following["proven"] == others
-    assert hit["seconds"] < END_S and not following["lost"]
+    lost = hit["lost"] | following["lost"]  # the one that was aimed at may have been over
+    assert list(lost) == [name], (hit, following)
+    assert re.findall(r"engine-\d worker \d", lost[name].partition(" did not ")[0]) == [who], lost[name]
+    assert hit["proven"] == (others if hit["lost"] else scene.names)
+    assert following["proven"] == others
+    assert max(hit["seconds"], following["seconds"]) < END_S and not (hit["lost"] and following["lost"])
     # The stalled one has not ended: it is taken in again.
     again = scene.trainer()
     scene.prove_text(again, scene.names)

@@ -111,6 +111,9 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     vllm_stall_timeout_s: float = setting(
         120.0, "Seconds an engine with work may write nothing, or not answer, before others get its work."
     )
+    vllm_max_restarts: int = setting(
+        3, "Attempts in a row to restart an engine that died or stalled before the run goes on without it; 0 for none."
+    )
     weight_sync_timeout_s: float = setting(120.0, "Seconds an engine may take for any step of a publish of weights.")
     vllm_lora_sync: str = setting(
         "merge", "How an adapter reaches engines: merge it into the weights sent, or adapter: engines serve it."

@@ -224,6 +224,10 @@ def engine_settings_fit(config: GRPOConfig) -> None:
     """Refuse values that no engine can be started with; which devices exist is the placement's to check."""
     if not isinstance(config.vllm_devices, str) or not config.vllm_devices.strip():
         raise ConfigError(f'vllm_devices={config.vllm_devices!r} is no text. Write it in quotes, such as "cuda:1".')
+    if config.vllm_max_restarts is None or config.vllm_max_restarts < 0:
+        raise ConfigError(
+            f"vllm_max_restarts={config.vllm_max_restarts} is no number of attempts. Set it to 0 for none, or above."
+        )
     share = config.vllm_gpu_memory_utilization
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"vllm_gpu_memory_utilization={share} is no share of memory. Set it above 0 and up to 1.")

@@ -50,6 +50,7 @@ class EngineClient:
     ) -> None:
         self._name = name
         self._model = model
+        self._api_key = api_key
         self._request_timeout_s = request_timeout_s
         self.url = url
         self.log_path = log_path
@@ -181,6 +182,17 @@ class EngineClient:
         if not values:
             raise EngineRequestError(f"{self._name} has no {_RUNNING_METRIC} among its metrics{self._see_log()}")
         return round(sum(map(float, values)))
+
+    def for_next_life(self, url: str, log_path: Path | None) -> EngineClient:
+        """Return a client of the process that takes this one's place, which knows nothing yet of weights."""
+        return EngineClient(
+            name=self._name,
+            url=url,
+            api_key=self._api_key,
+            log_path=log_path,
+            request_timeout_s=self._request_timeout_s,
+            model=self._model,
+        )
 
     async def aclose(self) -> None:
         """Close the asynchronous half, in the loop that used it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Fleet:
     def __init__(self, engines: Sequence[ManagedEngine]) -> None:
         self.engines = tuple(engines)
         self._ended: set[str] = set()
+        self._lock = threading.Lock()
 
     @classmethod
     def start(
@@ -83,7 +85,7 @@ class Fleet:
                 )
                 engines.append(ManagedEngine(process=process, client=client))
                 fleet.engines = tuple(engines)
-            fleet._wait_ready(timeout_s, on_progress)
+            fleet._wait_ready(fleet.engines, timeout_s, on_progress)
         except BaseException:
             fleet.close()
             raise
@@ -112,6 +114,34 @@ class Fleet:
         self._ended.add(name)
         self._named(name).process.ask_to_end()
 
+    def restart(self, name: str, *, timeout_s: float, stop: threading.Event) -> ManagedEngine:
+        """Start an engine anew that was lost, and wait until its server answers. What is left of it is ended first.
+
+        The others may be used meanwhile, and several may be restarted at once.
+
+        Args:
+            name: Of the engine.
+            timeout_s: How long its start may take.
+            stop: Set to give the attempt up.
+
+        Raises:
+            EngineStartError: It ended, was not ready in time, or is not wanted any more. It has been ended by then.
+        """
+        former = self._named(name)
+        process, url = former.process.start_again()
+        former.client.close()
+        engine = ManagedEngine(process=process, client=former.client.for_next_life(url, process.log_path))
+        with self._lock:
+            self.engines = tuple(engine if other.name == name else other for other in self.engines)
+        try:
+            self._wait_ready([engine], timeout_s, stop=stop)
+        except BaseException:
+            process.ask_to_end()
+            process.wait_ended()
+            raise
+        self._ended.discard(name)
+        return engine
+
     def close(self) -> None:
         """End every engine and wait until nothing of them is left. Calling it again does nothing."""
         for engine in self.engines:
@@ -131,11 +161,19 @@ class Fleet:
     def _named(self, name: str) -> ManagedEngine:
         return next(engine for engine in self.engines if engine.name == name)
 
-    def _wait_ready(self, timeout_s: float, on_progress: StartProgress | None) -> None:
+    @staticmethod
+    def _wait_ready(
+        engines: Sequence[ManagedEngine],
+        timeout_s: float,
+        on_progress: StartProgress | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
         began = time.monotonic()
         told = began
-        waiting = list(self.engines)
+        waiting = list(engines)
         while waiting:
+            if stop is not None and stop.is_set():
+                raise EngineStartError(f"{waiting[0].name} was not waited for: the run has ended")
             for engine in waiting:
                 if (status := engine.process.exit_status()) is not None:
                     raise EngineStartError(
@@ -154,8 +192,7 @@ class Fleet:
                 told = now
                 names = {engine.name for engine in waiting}
                 stages_now = [
-                    (engine.name, engine.process.stage() if engine.name in names else "ready")
-                    for engine in self.engines
+                    (engine.name, engine.process.stage() if engine.name in names else "ready") for engine in engines
                 ]
                 on_progress(stages_now, now - began)
             if waiting:

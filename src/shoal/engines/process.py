@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from shoal.engines.command import LOOPBACK, EngineSpec, serve_command, serve_environment
@@ -45,6 +46,7 @@ class EngineProcess:
     def __init__(self, spec: EngineSpec, api_key: str, log_path: Path) -> None:
         self.spec = spec
         self.log_path = log_path
+        self._api_key = api_key
         log_path.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "shoal.engines.guard", "--parent", str(os.getpid())]
         if spec.cpu_cores and not spec.cuda_devices:
@@ -83,6 +85,17 @@ class EngineProcess:
             self._guard.kill()
             self._guard.wait()
 
+    def start_again(self) -> tuple[EngineProcess, str]:
+        """Start the engine anew once nothing of this one is left; return the new one, and the URL that it will have.
+
+        It gets the same port if that is free, else another, and a log file of its own: this one says why it was lost.
+        """
+        self.ask_to_end()
+        self.wait_ended()
+        spec = self.spec if is_free(self.spec.port) else replace(self.spec, port=choose_ports(1, None)[0])
+        log_path = next_log_path(self.log_path)
+        return EngineProcess(spec, self._api_key, log_path), f"http://{LOOPBACK}:{spec.port}"
+
     def why_it_died(self) -> str:
         """Return the log's most telling line, for an error message."""
         return reason_in(tail(self.log_path, 400))
@@ -118,6 +131,24 @@ def tail(path: Path, num_lines: int) -> list[str]:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - (64 << 10)))
         return file.read().decode(errors="replace").splitlines()[-num_lines:]
+
+
+def next_log_path(path: Path) -> Path:
+    """Return where the next life of an engine writes: `engine-0.log`, then `engine-0.restart-1.log`, and so on."""
+    match = re.fullmatch(r"(.+)\.restart-(\d+)", path.stem)
+    stem, number = (match[1], int(match[2])) if match else (path.stem, 0)
+    return path.with_name(f"{stem}.restart-{number + 1}{path.suffix}")
+
+
+def is_free(port: int) -> bool:
+    """Whether an engine could listen on this port."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
 
 
 def choose_ports(num_engines: int, base_port: int | None) -> list[int]:

@@ -164,6 +164,13 @@ class Dispatcher:
         self._engines[engine].is_open = False
         self._touch(engine)
 
+    def renew(self, engine: int) -> None:
+        """Forget what the engine has reported: another process takes its place, which begins anew."""
+        slot = self._engines[engine]
+        slot.limit, slot.foreign, slot.peak = self._settings.max_in_flight, 0, len(slot.samples)
+        slot.kv_usage, slot.num_preemptions, slot.num_unseen, slot.can_move = 0.0, 0, 0, True
+        self._touch(engine)
+
     def submit(self, group: int, samples: Iterable[int], *, step: int = 0, expected_tokens: float = 0.0) -> None:
         """Want some samples of one prompt.
 

@@ -69,7 +69,8 @@ def after(health: Health, event: Event) -> Health:
     if state is State.DEAD or event is Event.DIED:
         return Health(State.DEAD)
     if event is Event.PROVEN:
-        return Health(State.READY, is_current=True)
+        # Of one that is starting, that is late news of the process before it.
+        return health if state is State.STARTING else Health(State.READY, is_current=True)
     if event is Event.OUTDATED:
         return Health(State.STALE if state in (State.READY, State.PAUSED) else state)
     if event is Event.PAUSED:

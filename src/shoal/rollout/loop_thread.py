@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -23,13 +23,17 @@ class LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name=name)
         self._thread.start()
 
-    def run(self, work: Coroutine[Any, Any, T], *, timeout_s: float, what: str) -> T:
+    def run(
+        self, work: Coroutine[Any, Any, T], *, timeout_s: float, what: str, meanwhile: Callable[[], None] | None = None
+    ) -> T:
         """Do `work` in the loop and wait for it. Interrupting the wait (Ctrl-C) cancels the work.
 
         Args:
             work: A coroutine.
             timeout_s: Longest wait.
             what: What is waited for, for the error.
+            meanwhile: Called on this thread several times a second while the work goes on. The time that it takes does
+                not count, and what it raises ends the work.
 
         Raises:
             TimeoutError: It took longer.
@@ -47,6 +51,8 @@ class LoopThread:
                     waited += _WAKE_S
                     if waited >= timeout_s:
                         raise TimeoutError(f"waited {timeout_s:g} s for {what}") from None
+                if meanwhile is not None:
+                    meanwhile()
         except BaseException:
             future.cancel()
             raise

@@ -9,13 +9,14 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from shoal.errors import EngineError, EngineFaultError, EngineRequestError
+from shoal.errors import EngineFaultError, EngineRequestError, NoEngineError
 from shoal.protocols import RolloutEngine
 from shoal.rollout.dispatch import Dispatcher, DispatchSettings, Move
 from shoal.rollout.health import Event, Health, State, after
 from shoal.rollout.parts import go_on, join
+from shoal.rollout.seats import PoolCounts, Seat, Ticket
 from shoal.rollout.tasks import gather_or_cancel
 from shoal.rollout.watch import EngineWatch
 from shoal.types import UNPROVEN, EngineReport, Rollout, RolloutRequest
@@ -26,8 +27,8 @@ _MOST_ATTEMPTS = 3
 _REPORT_TIMEOUT_S = 10.0
 _POLLS_PER_S = 64
 
-OnLost = Callable[[str, str], None]
-"""Told the name of an engine that was given up, and why."""
+OnLost = Callable[[str, str], bool]
+"""Told the name of an engine that was given up, and why; returns whether it is on its way back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,50 +65,12 @@ class PoolSettings:
     poll_s: float = 1.0
 
 
-@dataclass(slots=True, eq=False)
-class _Seat:
-    """An engine with what the pool knows of it."""
-
-    engine: RolloutEngine
-    health: Health
-    watch: EngineWatch
-    done_samples: int = 0
-    done_tokens: int = 0
-    why_dead: str = ""
-
-
-@dataclass(slots=True, eq=False)
-class _Ticket:
-    """One sample on its way.
-
-    Attributes:
-        sample: Its name for the dispatcher.
-        request: What is wanted.
-        placed: Done once `engine` is set, or there is no hope that it will be.
-        engine: Who writes it; None while it waits.
-        attempt: The writing.
-        parts: What engines have handed over unfinished, in order.
-        target: Who is to go on once the present engine has handed over; None if it was not asked to.
-        failures: What engines that live on said when they failed it.
-        has_ended: Whether the dispatcher has forgotten it.
-    """
-
-    sample: int
-    request: RolloutRequest
-    placed: asyncio.Future[None]
-    engine: int | None = None
-    attempt: asyncio.Task[Rollout] | None = None
-    parts: list[Rollout] = field(default_factory=list)
-    target: int | None = None
-    failures: list[str] = field(default_factory=list)
-    has_ended: bool = False
-
-
 class EnginePool:
-    """Dispatches samples over engines. It belongs to one event loop; only `loads` may be called from anywhere.
+    """Dispatches samples over engines. It belongs to one event loop; `loads` and `counts` may be called from anywhere.
 
     Engines begin as `STALE`: none is given anything before `proven` says that it holds the current weights. One that
-    dies, stalls or talks nonsense loses its samples to the others.
+    dies, stalls or talks nonsense loses its samples to the others. If it is on its way back, it is waited for
+    when there is no other.
 
     Args:
         engines: At least one.
@@ -122,19 +85,19 @@ class EnginePool:
         settings: PoolSettings,
         *,
         why_ended: Callable[[str], str | None] = lambda name: None,
-        on_lost: OnLost = lambda name, reason: None,
+        on_lost: OnLost = lambda name, reason: False,
     ) -> None:
         assert engines, "a pool needs an engine"
         self._settings = settings
-        self._seats = [_Seat(engine, Health(State.STALE), EngineWatch(settings.stall_s)) for engine in engines]
+        self._seats = [Seat(engine, Health(State.STALE), EngineWatch(settings.stall_s)) for engine in engines]
         self._index = {engine.name: index for index, engine in enumerate(engines)}
         self._why_ended = why_ended
         self._on_lost = on_lost
         self._dispatcher = Dispatcher(len(self._seats), settings.dispatch)
-        self._tickets: dict[int, _Ticket] = {}
+        self._tickets: dict[int, Ticket] = {}
         self._names = itertools.count()
         self._prefix = secrets.token_hex(4)  # another trainer's requests may be on the same engine
-        self._num_moves = 0
+        self._num_moves = self._num_lost = self._num_reissued = 0
         self._current_version = UNPROVEN
         self._num_watchers = 0
         self._watching: list[asyncio.Task[None]] = []
@@ -150,10 +113,10 @@ class EnginePool:
 
         Raises:
             EngineRequestError: The request cannot be answered, or several engines failed it in turn.
-            EngineError: No engine is left. In both cases the group's other samples are cancelled.
+            NoEngineError: No engine is left. In both cases the group's other samples are cancelled.
         """
         loop = asyncio.get_running_loop()
-        tickets = [_Ticket(next(self._names), request, loop.create_future()) for request in requests]
+        tickets = [Ticket(next(self._names), request, loop.create_future()) for request in requests]
         self._tickets.update((ticket.sample, ticket) for ticket in tickets)
         self._dispatcher.submit(next(self._names), [ticket.sample for ticket in tickets], step=step)
         try:
@@ -163,12 +126,13 @@ class EnginePool:
             for ticket in tickets:  # one that was cancelled before it began has not done so itself
                 self._end(ticket)
 
-    async def _write(self, ticket: _Ticket) -> Rollout:
+    async def _write(self, ticket: Ticket) -> Rollout:
         """Have one sample written, by as many engines in turn as it takes."""
         try:
             while True:
                 while ticket.engine is None:
-                    self._check_hope()
+                    if (reason := self.why_hopeless()) is not None:
+                        raise NoEngineError(reason)
                     await ticket.placed
                 index = ticket.engine
                 request = go_on(ticket.request, ticket.parts, name=f"{self._prefix}-{next(self._names)}")
@@ -185,7 +149,7 @@ class EnginePool:
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait([ticket.attempt])
 
-    def _outcome(self, ticket: _Ticket, index: int, attempt: asyncio.Task[Rollout]) -> Rollout | None:
+    def _outcome(self, ticket: Ticket, index: int, attempt: asyncio.Task[Rollout]) -> Rollout | None:
         """Return what an attempt has brought; None if another has to follow.
 
         Raises:
@@ -208,12 +172,12 @@ class EnginePool:
             raise error
         if ticket.engine == index:
             self._put_back(ticket)
-        if seat.health.state is not State.SUSPECT:
+        if not seat.is_gone and seat.health.state is not State.SUSPECT:
             reason = seat.watch.failed(str(error)) or self._why_ended(seat.engine.name)
             self._happens(index, Event.FAILED)
             if reason is not None:
                 self._lose(index, reason)
-        if seat.health.state is not State.DEAD:
+        if not seat.is_gone:
             ticket.failures.append(str(error))
             if len(ticket.failures) >= _MOST_ATTEMPTS:
                 raise error
@@ -227,21 +191,22 @@ class EnginePool:
             ticket.engine = assignment.engine
             if not ticket.placed.done():  # it is if its owner is being cancelled
                 ticket.placed.set_result(None)
-        if all(seat.health.state is State.DEAD for seat in self._seats):
+        if self.why_hopeless() is not None:
             for ticket in self._tickets.values():
                 if not ticket.placed.done():
                     ticket.placed.set_result(None)
 
-    def _put_back(self, ticket: _Ticket) -> None:
+    def _put_back(self, ticket: Ticket) -> None:
         """Have a sample wait for another engine, before those that have not begun."""
+        self._num_reissued += 1
         self._dispatcher.issue_again(ticket.sample)
         self._wait_again(ticket)
 
-    def _wait_again(self, ticket: _Ticket) -> None:
+    def _wait_again(self, ticket: Ticket) -> None:
         ticket.engine = None
         ticket.placed = asyncio.get_running_loop().create_future()
 
-    def _hand_over(self, ticket: _Ticket, part: Rollout) -> None:
+    def _hand_over(self, ticket: Ticket, part: Rollout) -> None:
         """Have a sample go on, with what its engine has handed over, where it was to go; elsewhere if that is lost."""
         if len(part.token_ids):
             ticket.parts.append(part)
@@ -254,17 +219,19 @@ class EnginePool:
             self._wait_again(ticket)
             self._place()
 
-    def _end(self, ticket: _Ticket) -> None:
+    def _end(self, ticket: Ticket) -> None:
         if not ticket.has_ended:
             ticket.has_ended = True
             self._dispatcher.end(ticket.sample)
             del self._tickets[ticket.sample]
             self._place()
 
-    def _check_hope(self) -> None:
-        if all(seat.health.state is State.DEAD for seat in self._seats):
-            reasons = "; ".join(f"{seat.engine.name}: {seat.why_dead}" for seat in self._seats)
-            raise EngineError(f"no engine is left to write completions. {reasons}")
+    def why_hopeless(self) -> str | None:
+        """Return why nothing will be written any more: no engine is left, and none on its way; None if one is."""
+        if any(seat.health.state is not State.DEAD for seat in self._seats):
+            return None
+        reasons = "; ".join(f"{seat.engine.name}: {seat.why_dead}" for seat in self._seats)
+        return f"no engine is left to write completions. {reasons}"
 
     # ---- engines ----
 
@@ -299,6 +266,25 @@ class EnginePool:
         self._lose(self._index[name], reason)
         self._place()
 
+    def started(self, name: str, engine: RolloutEngine) -> None:
+        """A new process has taken the place of a lost engine, and answers; it serves once it is `proven`."""
+        index = self._index[name]
+        seat = self._seats[index]
+        seat.engine, seat.watch = engine, EngineWatch(self._settings.stall_s)
+        self._dispatcher.renew(index)
+        self._happens(index, Event.STARTED)
+
+    def given_up(self, name: str, reason: str) -> None:
+        """An engine that was on its way back does not come."""
+        seat = self._seats[self._index[name]]
+        seat.why_dead = reason
+        self._happens(self._index[name], Event.DIED)
+        self._place()
+
+    def counts(self) -> PoolCounts:
+        """Return what has gone wrong so far."""
+        return PoolCounts(engines_lost=self._num_lost, samples_reissued=self._num_reissued)
+
     def _happens(self, index: int, event: Event) -> None:
         seat = self._seats[index]
         seat.health = after(seat.health, event)
@@ -310,9 +296,10 @@ class EnginePool:
     def _lose(self, index: int, reason: str) -> None:
         """Give an engine up. What it has written is taken; what it was writing waits again."""
         seat = self._seats[index]
-        if seat.health.state is State.DEAD:
+        if seat.is_gone:
             return
         seat.why_dead = reason
+        self._num_lost += 1
         self._happens(index, Event.DIED)
         for ticket in [ticket for ticket in self._tickets.values() if ticket.engine == index]:
             if ticket.attempt is not None and ticket.attempt.done() and not ticket.attempt.cancelled():
@@ -320,7 +307,8 @@ class EnginePool:
             self._put_back(ticket)
             if ticket.attempt is not None:
                 ticket.attempt.cancel()
-        self._on_lost(seat.engine.name, reason)
+        if self._on_lost(seat.engine.name, reason):
+            self._happens(index, Event.RESTARTED)
 
     # ---- watching ----
 
@@ -344,14 +332,15 @@ class EnginePool:
                     raise error
 
     async def _watch(self, index: int) -> None:
-        """Look after one engine until it is dead."""
+        """Look after one engine, whatever process it is."""
         seat = self._seats[index]
         seat.watch = EngineWatch(self._settings.stall_s)
-        while seat.health.state is not State.DEAD:
-            reason = self._why_ended(seat.engine.name) or await self._ask(index)
-            if reason is not None:
-                self._lose(index, reason)
-            self._place()
+        while True:
+            if not seat.is_gone:
+                reason = self._why_ended(seat.engine.name) or await self._ask(index)
+                if reason is not None:
+                    self._lose(index, reason)
+                self._place()
             await asyncio.sleep(self._every_s)
 
     async def _balance(self) -> None:
@@ -368,7 +357,8 @@ class EnginePool:
         ticket.target = move.target
         seat = self._seats[move.source]
         try:
-            await asyncio.wait_for(seat.engine.cut(ticket.attempt.get_name()), _REPORT_TIMEOUT_S)
+            async with asyncio.timeout(_REPORT_TIMEOUT_S):
+                await seat.engine.cut(ticket.attempt.get_name())
         except EngineFaultError as error:
             logger.info("%s was not told to hand over a sample: %s", seat.engine.name, error)
         except (EngineRequestError, TimeoutError) as error:
@@ -383,14 +373,21 @@ class EnginePool:
     async def _ask(self, index: int) -> str | None:
         """Ask an engine for a report; return why it is given up, or None."""
         seat = self._seats[index]
+        engine = seat.engine
         limit_s = min(_REPORT_TIMEOUT_S, self._settings.stall_s)
         asked_at = time.monotonic()
         try:
-            report: EngineReport = await asyncio.wait_for(seat.engine.report(), limit_s)
+            # Not `wait_for`: that of Python 3.11 swallows a cancellation that comes in the moment of the answer.
+            async with asyncio.timeout(limit_s):
+                report: EngineReport = await engine.report()
         except (EngineFaultError, TimeoutError) as error:
+            if seat.is_gone or seat.engine is not engine:
+                return None
             self._happens(index, Event.FAILED)
             why = str(error) or f"no report within {limit_s:g} s"
             return seat.watch.silent(why, since=asked_at, now=time.monotonic())
+        if seat.is_gone or seat.engine is not engine:
+            return None
         self._happens(index, Event.ANSWERED)
         self._dispatcher.report(index, report)
         return seat.watch.answered(report, in_flight=self._dispatcher.in_flight(index), now=time.monotonic())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from shoal.engines.reference import ReferenceEngine
@@ -12,7 +13,7 @@ from shoal.rollout.pool import EngineLoad, EnginePool, PoolSettings
 from shoal.trainer.engine_side import Sources
 from shoal.trainer.factory import make_decoder
 from shoal.trainer.grpo_trainer import GRPOTrainer
-from shoal.trainer.rollouts import Rollouts
+from shoal.trainer.rollouts import RollCall, Rollouts
 from shoal.types import PublishReport, ScoredGroup
 from shoal.weights.publisher import WeightPublisher
 
@@ -60,12 +61,27 @@ class _ReferenceRollouts:
     def check_alive(self) -> None:
         """It lives as long as this process."""
 
-    def collect(self, request: GroupRequest, *, timeout_s: float) -> tuple[ScoredGroup, ...]:
+    def roll_call(self, *, patience_s: float) -> RollCall:
+        """The engine is always there."""
+        return RollCall()
+
+    def take_back(self) -> tuple[str, ...]:
+        """It has never been away."""
+        return ()
+
+    def take_counts(self) -> dict[str, float]:
+        """Nothing goes wrong."""
+        return {}
+
+    def collect(
+        self, request: GroupRequest, *, timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[ScoredGroup, ...]:
         """Have all groups written and rewarded."""
         was_training = self._model.training
         self._model.eval()
         try:
-            return self._loop.run(self._collector.collect(request), timeout_s=timeout_s, what="rollouts")
+            work = self._collector.collect(request)
+            return self._loop.run(work, timeout_s=timeout_s, what="rollouts", meanwhile=meanwhile)
         finally:
             self._model.train(was_training)
 
@@ -86,6 +102,7 @@ class _NoPublisher:
     """Stands in for `WeightPublisher`: the engine computes with the trainer's own weights."""
 
     plans = ()
+    live_engines = ("reference",)
 
     def connect(self) -> None:
         """There is nobody to meet."""

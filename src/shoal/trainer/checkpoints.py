@@ -23,7 +23,7 @@ def last_complete_checkpoint(output_dir: Path) -> Path:
     found = [
         (int(match.group(1)), path)
         for path in output_dir.glob("checkpoint-*")
-        if (match := _FOLDER_NAME.fullmatch(path.name)) and _is_complete(path)
+        if (match := _FOLDER_NAME.fullmatch(path.name)) and is_complete(path)
     ]
     if not found:
         raise ConfigError(
@@ -33,7 +33,8 @@ def last_complete_checkpoint(output_dir: Path) -> Path:
     return max(found)[1]
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
     try:
         return isinstance(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):

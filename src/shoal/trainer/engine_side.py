@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
-from shoal.errors import WeightSyncError
+from shoal.errors import EnginesLostError, WeightSyncError
 from shoal.observe.ledger import TimeLedger
 from shoal.protocols import Ranks, WeightSource
+from shoal.rollout.collector import GroupRequest
+from shoal.trainer.comebacks import Comebacks
 from shoal.trainer.progress import log_plans
 from shoal.trainer.rollouts import Rollouts
-from shoal.types import PublishReport
+from shoal.types import PublishReport, ScoredGroup
 from shoal.weights.publisher import WeightPublisher
 from shoal.wire.agreement import Cargo
 
 Sources = Mapping[Cargo, WeightSource]
 
+_T = TypeVar("_T")
+
 
 class EngineSide:
-    """What the trainer has of its engines. `refresh` and `publish` are collectives.
+    """What the trainer has of its engines. `refresh`, `publish` and `during` are collectives.
 
     Args:
         ranks: The trainer's ranks.
@@ -46,6 +51,7 @@ class EngineSide:
         """The running engines; None before they start, and on ranks other than 0."""
         self.publisher: WeightPublisher | None = None
         """What publishes to them; None before they start."""
+        self._comebacks: Comebacks | None = None
 
     def refresh(self, version: int, *, always: bool) -> PublishReport | None:
         """Have engines run that hold the weights of `version`; publish them if need be.
@@ -63,16 +69,50 @@ class EngineSide:
     def publish(self, version: int) -> PublishReport:
         """Have every engine hold the current weights, proven, under this version. Starts the engines if need be.
 
+        Engines that are lost meanwhile are restarted and take part in a later one, or at once if there is no other.
+
         Raises:
-            WeightSyncError: No engine is left, or one holds something else than was sent.
-            EngineError: An engine did not start, or has ended.
+            WeightSyncError: A trainer rank failed, or an engine holds something else than was sent.
+            NoEngineError: No engine is left, and none can be restarted.
+            EngineStartError: An engine did not start.
         """
-        publisher = self._connected()
+        while True:
+            publisher = self._connected()
+            assert self._comebacks is not None
+            self._comebacks.muster()
+            try:
+                return self._publish_to_all(publisher, version)
+            except EnginesLostError as error:
+                if not error.lost:
+                    raise  # a former publish has failed as a whole, and nobody was met since
+                if self.rollouts is not None:
+                    self.rollouts.lost(error.lost)
+
+    def during(self, work: Callable[[], _T]) -> Callable[[], _T]:
+        """Do something on rank 0 that collects rollouts, while all ranks stand by for engines that come back.
+
+        Returns:
+            What gives the result on rank 0, or raises what `work` has raised; see `Comebacks.during`.
+
+        Raises:
+            NoEngineError: No engine is left, and none can be restarted.
+        """
+        assert self._comebacks is not None, "engines run by the time that something is collected"
+        return self._comebacks.during(work)
+
+    def collect(self, request: GroupRequest, *, timeout_s: float) -> tuple[ScoredGroup, ...]:
+        """Have all groups written and rewarded; see `Rollouts.collect`. On rank 0, within `during`."""
+        assert self.rollouts is not None and self._comebacks is not None, "engines run by then"
+        return self.rollouts.collect(request, timeout_s=timeout_s, meanwhile=self._comebacks.meanwhile)
+
+    def _publish_to_all(self, publisher: WeightPublisher, version: int) -> PublishReport:
         if self.rollouts is not None:
             self.rollouts.publishing(version)
         try:
             with self._ledger.phase("publish"):
                 report = publisher.publish(version)
+        except EnginesLostError:
+            raise
         except WeightSyncError:
             if self.rollouts is not None:
                 # A dead process explains a failed publish better than the publish does.
@@ -81,6 +121,11 @@ class EngineSide:
         if self.rollouts is not None:
             self.rollouts.take(report)
         return report
+
+    def take_counts(self) -> dict[str, float]:
+        """Return what has gone wrong with engines since the last call, as metrics. On rank 0."""
+        assert self.rollouts is not None, "engines run by then"
+        return self.rollouts.take_counts()
 
     def forget(self) -> None:
         """Have the weights published before the engines write again, whatever version they hold."""
@@ -91,7 +136,7 @@ class EngineSide:
         """End the engines. A later `publish` starts them again."""
         if self.publisher is not None:
             self.publisher.close()
-            self.publisher = None
+            self.publisher = self._comebacks = None
         if self.rollouts is not None:
             self.rollouts.close()
             self.rollouts = None
@@ -108,6 +153,7 @@ class EngineSide:
                     publisher.close()
                     raise
                 self.publisher = publisher
+                self._comebacks = Comebacks(self._ranks, publisher, self.rollouts)
             log_plans(self.publisher.plans)
         return self.publisher
 

@@ -18,6 +18,7 @@ from shoal.config import GRPOConfig
 from shoal.engines.command import LOOPBACK, EngineSpec
 from shoal.engines.fleet import Fleet, StartProgress
 from shoal.engines.process import choose_ports
+from shoal.engines.restarts import RestartSettings
 from shoal.errors import ConfigError
 from shoal.placement.devices import discover_devices, usable_cpu_cores
 from shoal.placement.model_shape import shape_from_config
@@ -232,6 +233,7 @@ def start_rollouts(
                     dispatch=DispatchSettings(max_in_flight=_MAX_IN_FLIGHT, affinity_margin=_AFFINITY_MARGIN),
                     stall_s=args.vllm_stall_timeout_s,
                 ),
+                restarts=RestartSettings(max_in_a_row=args.vllm_max_restarts, timeout_s=args.vllm_startup_timeout_s),
             ),
         )
     except BaseException:

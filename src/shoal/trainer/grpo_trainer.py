@@ -28,10 +28,10 @@ from shoal.config import GRPOConfig
 from shoal.data.prompts import PromptSource
 from shoal.data.schedule import PromptSchedule
 from shoal.engines.fleet import StartProgress
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, NoEngineError
 from shoal.observe.ledger import TimeLedger
 from shoal.rollout.collector import GroupRequest
-from shoal.trainer.checkpoints import last_complete_checkpoint
+from shoal.trainer.checkpoints import is_complete, last_complete_checkpoint
 from shoal.trainer.checks import check_disk, longest_prompt
 from shoal.trainer.engine_side import EngineSide, Sources
 from shoal.trainer.exchange import Exchange
@@ -188,11 +188,16 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
 
         Raises:
             ConfigError: There is no such checkpoint.
+            NoEngineError: No engine is left, and none can be restarted. A checkpoint has been saved.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(Path(self.args.output_dir)))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        except NoEngineError:
+            self._save_last_step()
+            self.close()
+            raise
         except BaseException:
             self.close()
             raise
@@ -211,7 +216,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         if not ticks:
             return [], None
         self._engines.refresh(self.state.global_step, always=False)
-        sequences = self._exchange.sequences(self._write_step)
+        sequences = self._exchange.sequences(self._engines.during(self._write_step))
         self._train_began = time.monotonic()
         micro_batches = micro_batches_of_rank(
             sequences,
@@ -291,8 +296,9 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             raise ConfigError("evaluate() needs an eval_dataset. Pass one, here or to GRPOTrainer.")
         # Outside of training, whoever holds the model may have changed it since the last publish.
         self._engines.refresh(self.state.global_step, always=not self.is_in_train)
+        evaluated = self._engines.during(lambda: self._evaluate_prompts(source))
         metrics: dict[str, float] = self._exchange.json(
-            lambda: {f"{metric_key_prefix}_{name}": value for name, value in self._evaluate_prompts(source).items()}
+            lambda: {f"{metric_key_prefix}_{name}": value for name, value in evaluated().items()}
         )
         self._is_evaluating = True
         try:
@@ -301,6 +307,19 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             self._is_evaluating = False
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_last_step(self) -> None:
+        """Save a checkpoint of the last whole step, to go on from when engines can run again."""
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if step == 0 or is_complete(folder):
+            return
+        try:
+            self._save_checkpoint(self.model_wrapped, None)
+        except OSError as error:  # a full disk must not hide why the run has ended
+            logger.error("The last step could not be saved: %s", error)
+        else:
+            logger.warning("Step %d is saved in %s: resume_from_checkpoint=True goes on from there.", step, folder)
 
     def _load_best_model(self) -> None:
         """Load it, and have it published before the engines write again: the step's number does not tell."""
@@ -345,8 +364,6 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             temperature: 0 for greedy.
             seed_step: Takes the place of the step in the samples' seeds.
         """
-        rollouts = self.rollouts
-        assert rollouts is not None, "engines run by the time that something is scored"
         request = GroupRequest(
             prompts=tuple(prompts),
             num_generations=num_generations,
@@ -358,7 +375,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             seed=lambda prompt, sample: sample_seed(self.args.seed, seed_step, prompt.row, sample),
             step=self.state.global_step,
         )
-        return rollouts.collect(request, timeout_s=self.args.vllm_request_timeout_s * _ROLLOUT_TIMEOUT_FACTOR)
+        return self._engines.collect(request, timeout_s=self.args.vllm_request_timeout_s * _ROLLOUT_TIMEOUT_FACTOR)
 
     def close(self) -> None:
         """End the engines. A later `train` or `evaluate` starts them again."""
@@ -402,6 +419,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
                 "seconds/generate": seconds,
                 "rollout/tokens_per_s": num_completion_tokens / seconds,
             }
+            | self._engines.take_counts()
         )
         self._record.write_completions(step, judged, self._judge.names)
         return training_sequences(judged, self.args)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from shoal.errors import WeightSyncError
 from shoal.protocols import Ranks
 from shoal.weights.control import ControlClient, EngineControl
 from shoal.weights.line import EngineLine
@@ -69,8 +70,8 @@ class EngineGroup:
     ranks: Ranks
     settings: PublishSettings
     threads: ThreadPoolExecutor
-    controls: Sequence[EngineControl]
-    lines: Sequence[EngineLine]
+    controls: list[EngineControl]
+    lines: list[EngineLine]
     senders: Mapping[Cargo, WeightSender]
     plans: Mapping[Cargo, Sequence[Sequence[SlicePlan]]]
     live: list[int]
@@ -83,6 +84,31 @@ class EngineGroup:
             if index not in keep:
                 self.lines[index].close()
         self.live = [index for index in self.live if index in keep]
+
+    def admit(self, index: int, met: EngineGroup) -> None:
+        """Take in an engine that was met by itself, in the place of its former life. On all ranks.
+
+        Raises:
+            WeightSyncError: It takes other parameters than the engines did that were met together.
+        """
+        (line,) = met.lines
+        senders = {cargo: sender.with_line(index, line, met.plans[cargo][0]) for cargo, sender in self.senders.items()}
+        for cargo, sender in senders.items():
+            # Both ends cut batches from what is wanted, and this engine was told what it wants alone.
+            if odd := sender.wanted ^ met.senders[cargo].wanted:
+                raise WeightSyncError(
+                    f"{line.name} takes other parameters than the engines that the run began with: {min(odd)}, for one"
+                )
+        self.lines[index].close()
+        self.lines[index] = line
+        if met.controls:
+            self.controls[index] = met.controls[0]
+        self.senders = senders
+        self.plans = {
+            cargo: [*plans[:index], met.plans[cargo][0], *plans[index + 1 :]] for cargo, plans in self.plans.items()
+        }
+        self.attempt = max(self.attempt, met.attempt)
+        self.live = sorted({*self.live, index})
 
     def close(self) -> None:
         """Leave all engines."""

@@ -88,7 +88,7 @@ class Meeting:
             ranks=self._ranks,
             settings=self._settings,
             threads=self._threads,
-            controls=self._controls,
+            controls=list(self._controls),
             lines=self._lines,
             senders=senders,
             plans=plans,
@@ -187,7 +187,7 @@ class Meeting:
                 "shoal_join",
                 agreements={
                     cargo: Agreement(
-                        wanted=frozenset(piece.source for piece in sender.pieces),
+                        wanted=sender.wanted,
                         holdings=self._holdings[cargo],
                         batch_bytes=self._settings.batch_bytes,
                         preferred=line.preferred,

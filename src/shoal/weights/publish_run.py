@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from shoal.errors import WeightProofError, WeightSyncError
+from shoal.errors import EnginesLostError, WeightProofError, WeightSyncError
 from shoal.types import UNPROVEN, PublishReport
 from shoal.weights.group import EngineGroup
 from shoal.weights.line import LAST_WORDS_S, PATIENCE, EngineLine
@@ -91,15 +91,17 @@ class PublishRun:
         """Resume the engines that hold the new weights; say what became of the others.
 
         Raises:
-            WeightSyncError: No engine is left.
+            EnginesLostError: No engine is left.
             WeightProofError: An engine holds something else than was sent.
         """
         group = self._group
         data = group.ranks.json(self._resume)
         group.keep(data["live"])
         self._lap("resume")
-        if data["failure"]:
+        if data["is_proof"]:
             raise self._failure or WeightSyncError(data["failure"])
+        if data["failure"]:
+            raise EnginesLostError(data["failure"], data["lost"])
         return PublishReport(
             version=self._version,
             num_workers=sum(group.lines[index].num_workers for index in data["live"]),
@@ -217,6 +219,7 @@ class PublishRun:
             self._failure = next(iter(errors), WeightSyncError("no engine is left to publish weights to"))
         return {
             "failure": str(self._failure or ""),
+            "is_proof": isinstance(self._failure, WeightProofError),
             "live": live,
             "lost": {group.lines[index].name: str(error) for index, error in self._lost.items()},
             "num_digests": self._num_digests,

@@ -6,7 +6,7 @@ engine that fails leaves the group, and the others go on with the new weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -92,15 +92,44 @@ class WeightPublisher:
         if former is not None:
             former.close()
         self._has_published = False
-        self._group = Meeting(
-            self._sources,
-            self._engines,
-            self._controls,
-            ranks=self._ranks,
-            device=self._device,
-            settings=self._settings,
-            threads=self._threads,
-        ).hold()
+        self._group = self._meet(self._engines, self._controls)
+
+    def leave(self, names: Collection[str]) -> None:
+        """Publish to these engines no more. A collective."""
+        group = self.group
+        group.keep([index for index in group.live if group.lines[index].name not in names])
+
+    def admit(self, name: str, engine: EngineAddress | None) -> None:
+        """Meet an engine that has come back, in the place of its former life. The next publish fills it. A collective.
+
+        Args:
+            name: Of an engine that was among the first.
+            engine: On rank 0, where it now is.
+
+        Raises:
+            WeightSyncError: It did not come, or holds another model. All ranks learn of it; nothing else has changed.
+        """
+        self._admit(name, self._meet_alone(engine))
+        self._has_published = False
+
+    def refill(self, name: str, engine: EngineAddress | None, version: int) -> PublishReport:
+        """Meet an engine that has come back, and have it alone hold the current weights, proven. A collective.
+
+        The other engines are not touched; from the next publish on it is one of them.
+
+        Args:
+            name: Of an engine that was among the first.
+            engine: On rank 0, where it now is.
+            version: Of the weights.
+
+        Raises:
+            WeightSyncError: As for `admit`, or it could not be filled.
+            WeightProofError: It holds something else than was sent.
+        """
+        met = self._meet_alone(engine)
+        report = self._run(met, version, list(self._sources), self._settings.verify)
+        self._admit(name, met)
+        return report
 
     def publish(self, version: int, *, verify: Verify | None = None) -> PublishReport:
         """Send the current weights and prove them. Repeating it with the same version is harmless.
@@ -112,21 +141,12 @@ class WeightPublisher:
             verify: Another way for this once than the settings'.
 
         Raises:
-            WeightSyncError: No engine is left, or a trainer rank failed.
+            EnginesLostError: No engine is left.
+            WeightSyncError: A trainer rank failed.
             WeightProofError: An engine holds something else than was sent. The others hold the new weights.
         """
-        self.num_publishes += 1
-        verify = verify or self._settings.verify
-        run = PublishRun(self.group, version, verify)
-        try:
-            for cargo in self._due():
-                run.transfer(cargo)
-        except BaseException:
-            run.give_up()
-            raise
-        report = run.finish()
+        report = self._run(self.group, version, self._due(), verify or self._settings.verify)
         self._has_published = True
-        self.num_proven += verify != "off"
         return report
 
     def close(self) -> None:
@@ -134,6 +154,44 @@ class WeightPublisher:
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._group is not None:
             self._group.close()
+
+    def _run(self, group: EngineGroup, version: int, cargoes: Sequence[Cargo], verify: Verify) -> PublishReport:
+        self.num_publishes += 1
+        run = PublishRun(group, version, verify)
+        try:
+            for cargo in cargoes:
+                run.transfer(cargo)
+        except BaseException:
+            run.give_up()
+            raise
+        report = run.finish()
+        self.num_proven += verify != "off"
+        return report
+
+    def _meet(self, engines: Sequence[EngineAddress], controls: Sequence[EngineControl]) -> EngineGroup:
+        return Meeting(
+            self._sources,
+            engines,
+            controls,
+            ranks=self._ranks,
+            device=self._device,
+            settings=self._settings,
+            threads=self._threads,
+        ).hold()
+
+    def _meet_alone(self, engine: EngineAddress | None) -> EngineGroup:
+        engines = [engine] if engine is not None else []
+        return self._meet(
+            engines, [EngineControl(one.client, self._threads, self._settings.timeout_s) for one in engines]
+        )
+
+    def _admit(self, name: str, met: EngineGroup) -> None:
+        lines = self.group.lines
+        try:
+            self.group.admit(next(index for index, line in enumerate(lines) if line.name == name), met)
+        except BaseException:
+            met.close()
+            raise
 
     def _due(self) -> list[Cargo]:
         """List what has to be sent: everything at first; where an adapter is sent alone, then that."""

@@ -138,8 +138,12 @@ class WeightSender:
         batch_bytes: int,
     ) -> None:
         self._source = source
+        self._rank = rank
+        self._holdings = holdings
         self._lines = tuple(lines)
+        self._plans = tuple(plans)
         self._device = device
+        self._batch_bytes = batch_bytes
         self._held = holdings[rank]
         self.pieces, self._batches = _schedule(source, rank, holdings, lines, plans, batch_bytes)
         numbers = {piece: number for number, piece in enumerate(self.pieces)}
@@ -147,6 +151,23 @@ class WeightSender:
             plan.worker: tuple(numbers[piece_of(item)] for item in plan.slices) for workers in plans for plan in workers
         }
         """For each worker, which of `pieces` each slice of its plan is."""
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Parameters that engines take something of."""
+        return frozenset(piece.source for piece in self.pieces)
+
+    def with_line(self, index: int, line: Line, workers: Sequence[SlicePlan]) -> WeightSender:
+        """Return a sender like this one in which another engine has taken the place of one."""
+        return WeightSender(
+            self._source,
+            rank=self._rank,
+            holdings=self._holdings,
+            lines=(*self._lines[:index], line, *self._lines[index + 1 :]),
+            plans=(*self._plans[:index], workers, *self._plans[index + 1 :]),
+            device=self._device,
+            batch_bytes=self._batch_bytes,
+        )
 
     @torch.no_grad()
     def send(self, lines: Sequence[int], *, timeout_s: float, verify: Verify) -> SendReport:
