@@ -119,6 +119,23 @@ class EngineReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RewardFailure:
+    """A call of a reward function that did not give every sample of a group a reward or `None`.
+
+    Attributes:
+        function: Name of the function.
+        kind: `"timeout"` if it did not answer in time, `"error"` for anything else.
+        samples: The samples, of 0 to K - 1, that have no reward for it.
+        message: What happened, as an error would say it.
+    """
+
+    function: str
+    kind: Literal["error", "timeout"]
+    samples: tuple[int, ...]
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
     """All completions of one prompt, with their rewards.
 
@@ -126,8 +143,9 @@ class ScoredGroup:
         prompt: The prompt.
         rollouts: The K completions.
         completions: The K completions as the reward functions saw them.
-        rewards: `[K, F]` float64, one column per reward function; NaN where a function answered `None`.
+        rewards: `[K, F]` float64, one column per reward function; NaN where a function answered `None`, or failed.
         extras: Columns that reward functions added with `log_extra`, each of length K.
+        failures: Calls that failed; always empty with `reward_on_error="raise"`.
     """
 
     prompt: Prompt
@@ -135,6 +153,18 @@ class ScoredGroup:
     completions: tuple[CompletionLike, ...]
     rewards: npt.NDArray[np.float64]
     extras: Mapping[str, tuple[Any, ...]]
+    failures: tuple[RewardFailure, ...] = ()
+
+    @property
+    def dropped(self) -> npt.NDArray[np.bool_]:
+        """`[K]`, whether a sample is left out of the step because a function failed on it.
+
+        A lone sample that would remain is left out too: there is nothing to compare it with.
+        """
+        failed = {sample for failure in self.failures for sample in failure.samples}
+        if failed and len(self.rollouts) - len(failed) < 2:
+            failed = set(range(len(self.rollouts)))
+        return np.array([sample in failed for sample in range(len(self.rollouts))], dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
