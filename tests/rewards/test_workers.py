@@ -114,6 +114,20 @@ def test_answers_of_every_kind_cross(make_caller: MakeCaller, answer: Any) -> No
     np.testing.assert_array_equal(run(make_caller(fixed)).rewards, expected)
 
 
+def test_the_trainers_state_does_not_make_a_worker_import_transformers(make_caller: MakeCaller) -> None:
+    from transformers import TrainerState
+
+    def look(trainer_state: Any, log_metric: Any, **_: Any) -> list[float]:
+        log_metric("step", trainer_state.global_step)
+        log_metric("imported", "transformers" in sys.modules)
+        return [0.0] * K
+
+    prompt = Prompt(row=7, prompt="1+1=", token_ids=(1,), columns={})
+    state = TrainerState(global_step=5)
+    call = make_caller(look).score(prompt, [ROLLOUT] * K, ["a", "b", "c"], trainer_state=state)
+    assert asyncio.run(call).metrics == (("step", 5.0), ("imported", 0.0))
+
+
 def test_synchronous_functions_leave_this_process_and_async_ones_stay(make_caller: MakeCaller) -> None:
     async def here(**_: Any) -> list[float]:
         return [float(os.getpid())] * K

@@ -18,7 +18,7 @@ from shoal.rewards.answers import read_rewards
 from shoal.rewards.failures import describe
 from shoal.rewards.functions import RewardFunction
 from shoal.rewards.hooks import GroupLog
-from shoal.rewards.sending import not_received, pickle_keywords, setup_of
+from shoal.rewards.sending import not_received, pickle_keywords, plain_state, setup_of
 from shoal.rewards.threads import Outcome, run_in_daemon_thread
 from shoal.rewards.worker_pool import WorkerPool
 from shoal.rewards.worker_process import failure_of
@@ -197,7 +197,7 @@ class RewardCaller:
             prompt: The prompt.
             rollouts: The K completions as token ids.
             completions: The same K completions as text, or as a list of one assistant message each.
-            trainer_state: Handed to the functions as it is; to worker processes, as a copy.
+            trainer_state: Handed to the functions as it is; to worker processes, as a copy of its attributes.
             on_error: Whether a function that raises, times out or answers something that is not one finite number or
                 `None` per completion is an error, or a `RewardFailure` in the result. An answer that is as long as it
                 should be fails the samples that it has no number for; anything else fails the whole group.
@@ -299,7 +299,8 @@ class RewardCaller:
     async def _call_in_worker(self, workers: WorkerPool, function: RewardFunction, group: _Group) -> Any:
         who = group.who(function)
         index = next(index for index, sent in enumerate(self._sent) if sent is function)
-        keywords = pickle_keywords(group.keywords(), who=who)
+        state = {"trainer_state": plain_state(group.trainer_state)}
+        keywords = pickle_keywords(group.keywords() | state, who=who)
         try:
             reply = await workers.call(
                 {"function": index, "arguments": (), "keywords": keywords, "logs": True}, timeout_s=self._timeout_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,13 @@ def pickle_keywords(keywords: Mapping[str, Any], *, who: str) -> bytes:
             f"there ({type(error).__name__}: {_first_line(error)}). Change the dataset's column to plain data, or set "
             "reward_workers=0."
         ) from error
+
+
+def plain_state(trainer_state: object) -> object:
+    """Return the trainer's state as bare attributes; for its own class each worker would import transformers."""
+    if not hasattr(trainer_state, "__dict__"):
+        return trainer_state
+    return types.SimpleNamespace(**vars(trainer_state))
 
 
 def _can_be_pickled(value: object) -> bool:
