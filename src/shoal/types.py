@@ -1,7 +1,7 @@
 """One frozen record per stage of a step: prompt, rollout, scored group, sequence, micro-batch.
 
 Shape letters used throughout: P prompts, K completions per prompt, T tokens of a packed micro-batch,
-N completion tokens of a micro-batch, S sequences of a micro-batch, F reward functions.
+N tokens of a micro-batch that the policy wrote, S sequences of a micro-batch, F reward functions.
 """
 
 from __future__ import annotations
@@ -88,8 +88,10 @@ class Rollout:
         token_ids: `[tokens]` int32, the stop token included when there is one.
         rollout_logprobs: `[tokens]` float32, the engine's logprob of each sampled token (after temperature).
         finish_reason: `"stop"` at a stop token, `"length"` at `max_tokens` or the context's end.
-        weight_version: Version of the weights that wrote it.
-        engine: Name of the engine that wrote it.
+        weight_version: Version of the weights that wrote it; the oldest of several.
+        engine: Name of the engine that wrote it; the last of several.
+        by_policy: `[tokens]` bool, False for what an environment wrote into a conversation, whose logprobs are 0; None
+            if the policy wrote all of it.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -97,6 +99,7 @@ class Rollout:
     finish_reason: FinishReason
     weight_version: int
     engine: str
+    by_policy: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +181,7 @@ class Sequence:
         rollout_logprobs: `[tokens - prompt_length]` float32.
         in_loss: Whether the completion counts in the loss and in its denominators
             (`mask_truncated_completions` sets it to False for completions cut by length).
+        by_policy: `[tokens - prompt_length]` bool, as in `Rollout`; None if the policy wrote the whole completion.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -185,20 +189,32 @@ class Sequence:
     advantage: float
     rollout_logprobs: npt.NDArray[np.float32]
     in_loss: bool
+    by_policy: npt.NDArray[np.bool_] | None = None
 
     @property
     def completion_length(self) -> int:
         """Number of completion tokens."""
         return len(self.token_ids) - self.prompt_length
 
+    @property
+    def is_target(self) -> npt.NDArray[np.bool_]:
+        """`[tokens - prompt_length]` bool, the tokens that the policy wrote: those that the loss is about."""
+        return np.ones(self.completion_length, dtype=np.bool_) if self.by_policy is None else self.by_policy
+
+    @property
+    def num_targets(self) -> int:
+        """Number of completion tokens that the policy wrote."""
+        return int(self.is_target.sum())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """Whole sequences laid end to end, with no padding: what one forward pass takes.
 
-    The logits at `predictor_positions[n]` predict `target_ids[n]`; every completion token is a target, no prompt
-    token is. The loss is `sum_n loss_weights[n] * token_loss[n]`: the weights carry the one denominator of the whole
-    step, over all micro-batches and ranks, so the gradient does not depend on how the step was cut.
+    The logits at `predictor_positions[n]` predict `target_ids[n]`; every token that the policy wrote is a target, no
+    token of a prompt or of an environment is. The loss is `sum_n loss_weights[n] * token_loss[n]`: the weights carry
+    the one denominator of the whole step, over all micro-batches and ranks, so the gradient does not depend on how the
+    step was cut.
 
     Attributes:
         input_ids: `[T]` int64.

@@ -60,6 +60,7 @@ def training_sequences(step: JudgedStep, args: GRPOConfig) -> list[Sequence]:
             advantage=float(step.advantages.advantages[row, sample]),
             rollout_logprobs=rollout.rollout_logprobs,
             in_loss=not (args.mask_truncated_completions and rollout.finish_reason == "length"),
+            by_policy=rollout.by_policy,
         )
         for row, group in enumerate(step.groups)
         for sample, rollout in enumerate(group.rollouts)
