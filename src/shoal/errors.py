@@ -28,6 +28,10 @@ class RewardError(ShoalError):
     """A reward function raised, timed out, or returned something that is not one number per completion."""
 
 
+class RolloutFlowError(ShoalError):
+    """A `RolloutFlow` did what a conversation does not allow: too many tokens, or none of the policy's."""
+
+
 class EngineError(ShoalError):
     """An engine did not do what it was asked. The message names the engine and its log file."""
 

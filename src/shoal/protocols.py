@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from shoal.types import EngineReport, Interval, ParameterMeta, Rollout, RolloutRequest
+from shoal.types import EngineReport, Interval, ParameterMeta, Prompt, Rollout, RolloutRequest
 
 
 @runtime_checkable
@@ -45,6 +45,55 @@ class RolloutEngine(Protocol):
         Raises:
             EngineFaultError: The engine failed or answered with something malformed.
         """
+        ...
+
+
+class Conversation(Protocol):
+    """One sample under way: a prompt, and after it turns of the policy with what others wrote between them.
+
+    Tokens are only ever appended, so that each turn begins with exactly what the one before ended with: its engine
+    still has the keys and values of that, and the trainer sees the tokens that the policy saw.
+    """
+
+    @property
+    def prompt(self) -> Prompt:
+        """What it begins with."""
+        ...
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens after the prompt so far."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """How many tokens there may still be, whoever writes them."""
+        ...
+
+    async def ask(self) -> Rollout:
+        """Have the policy write its next turn, up to a stop token or until there is no room, and return that turn.
+
+        Raises:
+            RolloutFlowError: There is no room.
+            EngineError: No engine is left, or the request cannot be answered.
+        """
+        ...
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """Append what the policy did not write: a tool's result, say, with whatever the chat format puts around it.
+
+        Raises:
+            RolloutFlowError: There is no room for so many.
+        """
+        ...
+
+
+@runtime_checkable
+class RolloutFlow(Protocol):
+    """How a sample comes about. One call for each sample, all of them at the same time in one event loop."""
+
+    async def run(self, conversation: Conversation) -> None:
+        """Take the conversation from its prompt to its end; the policy is asked at least once."""
         ...
 
 

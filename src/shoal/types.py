@@ -1,7 +1,7 @@
 """One frozen record per stage of a step: prompt, rollout, scored group, sequence, micro-batch.
 
 Shape letters used throughout: P prompts, K completions per prompt, T tokens of a packed micro-batch,
-N completion tokens of a micro-batch, S sequences of a micro-batch, F reward functions.
+N tokens of a micro-batch that the policy wrote, S sequences of a micro-batch, F reward functions.
 """
 
 from __future__ import annotations
@@ -88,8 +88,10 @@ class Rollout:
         token_ids: `[tokens]` int32, the stop token included when there is one.
         rollout_logprobs: `[tokens]` float32, the engine's logprob of each sampled token (after temperature).
         finish_reason: `"stop"` at a stop token, `"length"` at `max_tokens` or the context's end.
-        weight_version: Version of the weights that wrote it.
-        engine: Name of the engine that wrote it.
+        weight_version: Version of the weights that wrote it; the oldest of several.
+        engine: Name of the engine that wrote it; the last of several.
+        by_policy: `[tokens]` bool, False for what an environment wrote into a conversation, whose logprobs are 0; None
+            if the policy wrote all of it.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -97,6 +99,7 @@ class Rollout:
     finish_reason: FinishReason
     weight_version: int
     engine: str
+    by_policy: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +122,23 @@ class EngineReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RewardFailure:
+    """A call of a reward function that did not give every sample of a group a reward or `None`.
+
+    Attributes:
+        function: Name of the function.
+        kind: `"timeout"` if it did not answer in time, `"error"` for anything else.
+        samples: The samples, of 0 to K - 1, that have no reward for it.
+        message: What happened, as an error would say it.
+    """
+
+    function: str
+    kind: Literal["error", "timeout"]
+    samples: tuple[int, ...]
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
     """All completions of one prompt, with their rewards.
 
@@ -126,8 +146,9 @@ class ScoredGroup:
         prompt: The prompt.
         rollouts: The K completions.
         completions: The K completions as the reward functions saw them.
-        rewards: `[K, F]` float64, one column per reward function; NaN where a function answered `None`.
+        rewards: `[K, F]` float64, one column per reward function; NaN where a function answered `None`, or failed.
         extras: Columns that reward functions added with `log_extra`, each of length K.
+        failures: Calls that failed; always empty with `reward_on_error="raise"`.
     """
 
     prompt: Prompt
@@ -135,6 +156,18 @@ class ScoredGroup:
     completions: tuple[CompletionLike, ...]
     rewards: npt.NDArray[np.float64]
     extras: Mapping[str, tuple[Any, ...]]
+    failures: tuple[RewardFailure, ...] = ()
+
+    @property
+    def dropped(self) -> npt.NDArray[np.bool_]:
+        """`[K]`, whether a sample is left out of the step because a function failed on it.
+
+        A lone sample that would remain is left out too: there is nothing to compare it with.
+        """
+        failed = {sample for failure in self.failures for sample in failure.samples}
+        if failed and len(self.rollouts) - len(failed) < 2:
+            failed = set(range(len(self.rollouts)))
+        return np.array([sample in failed for sample in range(len(self.rollouts))], dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +181,7 @@ class Sequence:
         rollout_logprobs: `[tokens - prompt_length]` float32.
         in_loss: Whether the completion counts in the loss and in its denominators
             (`mask_truncated_completions` sets it to False for completions cut by length).
+        by_policy: `[tokens - prompt_length]` bool, as in `Rollout`; None if the policy wrote the whole completion.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -155,20 +189,32 @@ class Sequence:
     advantage: float
     rollout_logprobs: npt.NDArray[np.float32]
     in_loss: bool
+    by_policy: npt.NDArray[np.bool_] | None = None
 
     @property
     def completion_length(self) -> int:
         """Number of completion tokens."""
         return len(self.token_ids) - self.prompt_length
 
+    @property
+    def is_target(self) -> npt.NDArray[np.bool_]:
+        """`[tokens - prompt_length]` bool, the tokens that the policy wrote: those that the loss is about."""
+        return np.ones(self.completion_length, dtype=np.bool_) if self.by_policy is None else self.by_policy
+
+    @property
+    def num_targets(self) -> int:
+        """Number of completion tokens that the policy wrote."""
+        return int(self.is_target.sum())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """Whole sequences laid end to end, with no padding: what one forward pass takes.
 
-    The logits at `predictor_positions[n]` predict `target_ids[n]`; every completion token is a target, no prompt
-    token is. The loss is `sum_n loss_weights[n] * token_loss[n]`: the weights carry the one denominator of the whole
-    step, over all micro-batches and ranks, so the gradient does not depend on how the step was cut.
+    The logits at `predictor_positions[n]` predict `target_ids[n]`; every token that the policy wrote is a target, no
+    token of a prompt or of an environment is. The loss is `sum_n loss_weights[n] * token_loss[n]`: the weights carry
+    the one denominator of the whole step, over all micro-batches and ranks, so the gradient does not depend on how the
+    step was cut.
 
     Attributes:
         input_ids: `[T]` int64.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -161,3 +163,27 @@ def test_a_micro_batch_owns_its_memory() -> None:
 def test_a_sequence_without_a_prompt_cannot_be_packed() -> None:
     with pytest.raises(AssertionError, match="prompt_length 0"):
         build_micro_batch([make_sequence([], [1])], [1.0])
+
+
+@given(sequences_of_step, st.data())
+@quick
+def test_what_an_environment_wrote_is_read_and_never_a_target(sequences: list[Sequence], data: st.DataObject) -> None:
+    marks = [
+        data.draw(st.lists(st.booleans(), min_size=s.completion_length, max_size=s.completion_length))
+        for s in sequences
+    ]
+    mixed = [replace(s, by_policy=np.array(mark, dtype=np.bool_)) for s, mark in zip(sequences, marks, strict=True)]
+    weights = [float(index + 1) for index in range(len(mixed))]
+    found, whole = build_micro_batch(mixed, weights), build_micro_batch(sequences, weights)
+    kept = torch.tensor([mark for marks_of_one in marks for mark in marks_of_one], dtype=torch.bool)
+    assert torch.equal(found.input_ids, whole.input_ids) and torch.equal(found.position_ids, whole.position_ids)
+    for name in (
+        "predictor_positions",
+        "target_ids",
+        "sequence_index",
+        "advantages",
+        "rollout_logprobs",
+        "loss_weights",
+    ):
+        assert torch.equal(getattr(found, name), getattr(whole, name)[kept]), name
+    assert [s.num_targets for s in mixed] == [sum(mark) for mark in marks]

@@ -24,7 +24,13 @@ def sequences(draw: st.DrawFn) -> Sequence:
         advantage=draw(st.floats(allow_nan=False)),
         rollout_logprobs=np.array(logprobs, dtype=np.float32),
         in_loss=draw(st.booleans()),
+        by_policy=_marks(draw(st.lists(st.booleans(), min_size=size, max_size=size))),
     )
+
+
+def _marks(by_policy: list[bool]) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]] | None:
+    """Who wrote which token; None, as engines give it, where the policy wrote all."""
+    return None if all(by_policy) else np.array(by_policy, dtype=np.bool_)
 
 
 def assert_same(mine: list[Sequence], theirs: list[Sequence]) -> None:
@@ -35,6 +41,8 @@ def assert_same(mine: list[Sequence], theirs: list[Sequence]) -> None:
         assert [str(a.token_ids.dtype), str(a.rollout_logprobs.dtype)] == ["int64", "float32"]
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
         np.testing.assert_array_equal(a.rollout_logprobs, b.rollout_logprobs)
+        assert (a.by_policy is None) == (b.by_policy is None)
+        np.testing.assert_array_equal(a.is_target, b.is_target)
 
 
 @settings(deadline=None, max_examples=80)
@@ -66,5 +74,5 @@ def test_the_table_has_the_types_that_it_says() -> None:
     ]
     table = table_from_sequences(step)
     types = [tensor.dtype for tensor in table.tensors]
-    assert types == [torch.int32, torch.int32, torch.int32, torch.float64, torch.float32, torch.bool]
+    assert types == [torch.int32, torch.int32, torch.int32, torch.float64, torch.float32, torch.bool, torch.bool]
     assert table.advantages.item() == 1 / 3

@@ -74,7 +74,7 @@ def test_the_math_process_ends_with_the_interpreter() -> None:
 from shoal.rewards.math_judge import MathJudge
 judge = MathJudge()
 judge.judge(gold="$2$", answer="$2$")
-print(judge._process.pid)
+print(judge.pid)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     deadline = time.monotonic() + 10

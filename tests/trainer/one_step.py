@@ -40,7 +40,7 @@ class Case:
         settings: Of the run, besides the common ones.
         moved: Whether the policy has left its reference when the step begins.
         ends: Whether completions may end before they are cut.
-        broken: What is done wrong on purpose: `micro_batch_mean`, `rank_mean`, `reward`; None for nothing.
+        broken: What is done wrong on purpose: `micro_batch_mean`, `rank_mean`, or a key of `FAILING`; None for nothing.
     """
 
     name: str
@@ -76,6 +76,22 @@ def failing_reward(completion_ids: list[list[int]], trainer_state: Any, **_: Any
     if trainer_state is not None:
         raise ValueError("this reward fails in training")
     return [0.0] * len(completion_ids)
+
+
+def fails_on_a_group(completion_ids: list[list[int]], prompts: list[str], **_: Any) -> list[float]:
+    """Fails on the second prompt."""
+    if prompts[0] == PROMPTS[1]:
+        raise ValueError("this reward fails on a group")
+    return reward(completion_ids)
+
+
+def fails_on_a_sample(completion_ids: list[list[int]], prompts: list[str], **_: Any) -> list[float]:
+    """Fails on the middle one of the second prompt's three completions."""
+    rewards = reward(completion_ids)
+    return [rewards[0], float("nan"), *rewards[2:]] if prompts[0] == PROMPTS[1] else rewards
+
+
+FAILING = {"reward": failing_reward, "group": fails_on_a_group, "sample": fails_on_a_sample}
 
 
 class OneStepTrainer(ReferenceTrainer):
@@ -127,7 +143,7 @@ def take_step(case: Case, output_dir: Path) -> dict[str, Any]:
     }
     trainer = OneStepTrainer(
         model=model,
-        reward_funcs=failing_reward if case.broken == "reward" else reward,
+        reward_funcs=FAILING.get(str(case.broken), reward),
         args=GRPOConfig(**settings | case.settings),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=tiny_tokenizer(),

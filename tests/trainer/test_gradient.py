@@ -167,6 +167,49 @@ def test_a_step_whose_completions_were_all_cut_teaches_nothing_when_these_are_ma
     assert all(bool(value.any()) for value in unmasked["gradients"].values())
 
 
+# ---- samples that a reward function fails on ----
+
+DROP = {"reward_on_error": "drop", "reward_preflight": False}
+
+
+def without(step: dict[str, Any], *, samples: tuple[int, ...]) -> dict[str, Any]:
+    """The step as if these samples of its second group had never been written."""
+    groups = list(step["groups"])
+    kept = [row for row in range(3) if row not in samples]
+    groups[1] = {
+        key: [value[row] for row in kept] if isinstance(value, list) and key != "prompt" else value
+        for key, value in groups[1].items()
+    }
+    return step | {"groups": [group for group in groups if group["completions"]]}
+
+
+def trained_as_zero(step: dict[str, Any], *, samples: tuple[int, ...]) -> dict[str, Any]:
+    """The mistake: samples of the second group that have no reward have a reward of 0."""
+    groups = list(step["groups"])
+    groups[1] = groups[1] | {"rewards": [0.0 if row in samples else groups[1]["rewards"][row] for row in range(3)]}
+    return step | {"groups": groups}
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize(("broken", "samples"), [("group", (0, 1, 2)), ("sample", (1,))])
+def test_what_a_reward_failed_on_might_as_well_never_have_been_written(
+    script: Any, take_step: Callable[..., Any], loss_type: str, broken: str, samples: tuple[int, ...]
+) -> None:
+    step = take_step(broken=broken, loss_type=loss_type, beta=0.3, max_tokens_per_micro_batch=40, moved=True, **DROP)
+    settings: dict[str, Any] = {"loss_type": loss_type, "beta": 0.3, "moved": True}
+    expected = formula_gradient(script, without(step, samples=samples), **settings)
+    assert largest_error(step["gradients"], expected) < 1e-6
+    zero = formula_gradient(script, trained_as_zero(step, samples=samples), **settings)
+    assert largest_error(step["gradients"], zero) > 1e-2
+
+
+def test_a_step_of_which_nothing_is_left_has_no_gradient_and_moves_nothing(take_step: Callable[..., Any]) -> None:
+    step = take_step(broken="reward", beta=0.3, moved=True, **DROP)
+    assert all(bool((value == 0).all()) for value in step["gradients"].values())
+    assert all(bool((value == 0).all()) for value in step["changes"].values())
+    assert step["num_micro_batches"] == 1 and step["log"]["rollout/dropped_groups"] == 4
+
+
 # ---- two processes ----
 
 ONE_PASS = {"max_tokens_per_micro_batch": 100_000}
@@ -181,6 +224,8 @@ TWO_PROCESS_CASES: dict[str, dict[str, Any]] = {
     },
     "mean over ranks": {"settings": CORRECTED | ONE_PASS, "broken": "rank_mean"},
     "failing reward": {"settings": CORRECTED | ONE_PASS, "broken": "reward"},
+    "failing on a group": {"settings": CORRECTED | ONE_PASS | DROP, "broken": "group"},
+    "nothing left": {"settings": CORRECTED | ONE_PASS | DROP, "broken": "reward"},
     # Last: the processes still work together after the failure.
     "after the failure": {"settings": CORRECTED | {"loss_type": "grpo"} | ONE_PASS},
 }
@@ -206,6 +251,15 @@ def test_two_processes_have_the_formulas_gradient(script: Any, on_two_processes:
     expected = formula_gradient(script, first, moved=case.get("moved", False), **case["settings"])
     assert largest_error(first["gradients"], expected) < 1e-6
     assert largest_error(second["gradients"], first["gradients"]) == 0
+
+
+def test_two_processes_leave_out_what_a_reward_failed_on(script: Any, on_two_processes: Any) -> None:
+    first, second = on_two_processes["failing on a group"]
+    expected = formula_gradient(script, without(first, samples=(0, 1, 2)))
+    assert largest_error(first["gradients"], expected) < 1e-6
+    assert largest_error(second["gradients"], first["gradients"]) == 0
+    for process in on_two_processes["nothing left"]:
+        assert all(bool((value == 0).all()) for value in process["changes"].values())
 
 
 def test_only_one_process_writes_rollouts(on_two_processes: Any) -> None:

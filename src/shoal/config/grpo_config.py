@@ -124,7 +124,10 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
 
     # Rewards
     reward_timeout_s: float = setting(600.0, "Seconds a reward function may take for one group of completions.")
-    reward_on_error: str = setting("raise", "What follows when a reward function fails; only raise for now.")
+    reward_on_error: str = setting(
+        "raise", "When a reward function fails: raise, or drop (the samples it failed on are not trained on)."
+    )
+    reward_workers: int = setting(0, "Processes that call synchronous reward functions; 0: threads of the trainer.")
     reward_preflight: bool = setting(True, "Try every reward function on one made-up completion before training.")
 
     # Logging

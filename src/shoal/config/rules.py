@@ -24,7 +24,7 @@ _CHOICES = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "vllm_model_impl": ("vllm", "transformers"),
     "vllm_dtype": (None, "auto", "float32", "bfloat16", "float16"),
-    "reward_on_error": ("raise",),
+    "reward_on_error": ("raise", "drop"),
     "vllm_lora_sync": ("merge", "adapter"),
     "weight_sync_verify": ("digest", "full", "off"),
 }
@@ -220,6 +220,15 @@ def weights_are_numbers(config: GRPOConfig) -> None:
         )
 
 
+def workers_can_be_counted(config: GRPOConfig) -> None:
+    """Refuse fewer than no worker processes for rewards."""
+    if config.reward_workers is None or config.reward_workers < 0:
+        raise ConfigError(
+            f"reward_workers={config.reward_workers} is no number of processes. Set 0 to call reward functions on "
+            "threads of the trainer, or as many as may be called at once."
+        )
+
+
 def engine_settings_fit(config: GRPOConfig) -> None:
     """Refuse values that no engine can be started with; which devices exist is the placement's to check."""
     if not isinstance(config.vllm_devices, str) or not config.vllm_devices.strip():
@@ -290,6 +299,7 @@ RULES: tuple[Callable[[GRPOConfig], None], ...] = (
     clipping_leaves_room,
     correction_bounds_fit,
     weights_are_numbers,
+    workers_can_be_counted,
     engine_settings_fit,
     ports_exist,
     extra_args_are_free,

@@ -18,7 +18,7 @@ def build_micro_batch(sequences: abc.Sequence[Sequence], token_weights: abc.Sequ
 
     Args:
         sequences: At least one; each has a prompt of at least one token, which predicts its first completion token.
-        token_weights: For each sequence, the weight of each of its completion tokens, the step's denominator included.
+        token_weights: For each sequence, the weight of each of its targets, the step's denominator included.
 
     Returns:
         The micro-batch, on the CPU.
@@ -35,6 +35,8 @@ def build_micro_batch(sequences: abc.Sequence[Sequence], token_weights: abc.Sequ
     index = np.repeat(np.arange(len(sequences)), completions)
     within = np.arange(completions.sum()) - np.repeat(np.cumsum(completions) - completions, completions)
     predictors = (starts + prompts - 1)[index] + within
+    is_target = np.concatenate([s.is_target for s in sequences])
+    index, predictors = index[is_target], predictors[is_target]
     input_ids = np.concatenate([s.token_ids for s in sequences])
     return MicroBatch(
         input_ids=_tensor(input_ids, np.int64),
@@ -44,7 +46,7 @@ def build_micro_batch(sequences: abc.Sequence[Sequence], token_weights: abc.Sequ
         sequence_index=_tensor(index, np.int64),
         num_sequences=len(sequences),
         advantages=_tensor(np.array([s.advantage for s in sequences])[index], np.float32),
-        rollout_logprobs=_tensor(np.concatenate([s.rollout_logprobs for s in sequences]), np.float32),
+        rollout_logprobs=_tensor(np.concatenate([s.rollout_logprobs for s in sequences])[is_target], np.float32),
         loss_weights=_tensor(np.array(token_weights, dtype=np.float64)[index], np.float32),
     )
 
@@ -62,7 +64,7 @@ def pack(sequences: abc.Sequence[Sequence], token_weights: abc.Sequence[float], 
 
     Args:
         sequences: What to pack.
-        token_weights: For each sequence, the weight of each of its completion tokens.
+        token_weights: For each sequence, the weight of each of its targets.
         max_tokens: Token budget, prompts included.
     """
     plan = first_fit_decreasing([len(s.token_ids) for s in sequences], max_tokens)
@@ -73,8 +75,9 @@ def _assert_well_formed(sequence: Sequence) -> None:
     """Check the lengths that the layout relies on."""
     total, prompt = len(sequence.token_ids), sequence.prompt_length
     assert 1 <= prompt <= total, f"prompt_length {prompt} is not within 1..{total}: a token needs one before it"
-    assert len(sequence.rollout_logprobs) == total - prompt, (
-        f"{len(sequence.rollout_logprobs)} rollout logprobs for {total - prompt} completion tokens"
+    assert len(sequence.rollout_logprobs) == len(sequence.is_target) == total - prompt, (
+        f"{len(sequence.rollout_logprobs)} rollout logprobs and {len(sequence.is_target)} marks of who wrote a token "
+        f"for {total - prompt} completion tokens"
     )
 
 

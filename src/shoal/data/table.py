@@ -37,6 +37,7 @@ class SequenceTable:
         advantages: `[S]` float64.
         rollout_logprobs: `[num_completion_tokens]` float32.
         in_loss: `[S]` bool.
+        by_policy: `[num_completion_tokens]` bool.
     """
 
     token_ids: torch.Tensor
@@ -45,6 +46,7 @@ class SequenceTable:
     advantages: torch.Tensor
     rollout_logprobs: torch.Tensor
     in_loss: torch.Tensor
+    by_policy: torch.Tensor
 
     @property
     def sizes(self) -> TableSizes:
@@ -65,6 +67,7 @@ class SequenceTable:
             self.advantages,
             self.rollout_logprobs,
             self.in_loss,
+            self.by_policy,
         )
 
 
@@ -79,6 +82,7 @@ def table_from_sequences(sequences: abc.Sequence[Sequence]) -> SequenceTable:
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float64),
         rollout_logprobs=torch.from_numpy(np.concatenate([np.empty(0, np.float32), *logprobs])),
         in_loss=torch.tensor([s.in_loss for s in sequences], dtype=torch.bool),
+        by_policy=torch.from_numpy(np.concatenate([np.empty(0, np.bool_), *(s.is_target for s in sequences)])),
     )
 
 
@@ -92,15 +96,18 @@ def empty_table(sizes: TableSizes, device: torch.device | str = "cpu") -> Sequen
         advantages=torch.empty(num_sequences, dtype=torch.float64, device=device),
         rollout_logprobs=torch.empty(sizes.num_completion_tokens, dtype=torch.float32, device=device),
         in_loss=torch.empty(num_sequences, dtype=torch.bool, device=device),
+        by_policy=torch.empty(sizes.num_completion_tokens, dtype=torch.bool, device=device),
     )
 
 
 def sequences_from_table(table: SequenceTable) -> list[Sequence]:
-    """Undo `table_from_sequences`, exactly."""
+    """Undo `table_from_sequences`, exactly; marks of who wrote what are left out where the policy wrote all."""
     lengths = table.lengths.cpu().numpy().astype(np.int64)
     prompt_lengths = table.prompt_lengths.cpu().numpy().astype(np.int64)
     token_ids = np.split(table.token_ids.cpu().numpy().astype(np.int64), np.cumsum(lengths)[:-1])
-    logprobs = np.split(table.rollout_logprobs.cpu().numpy(), np.cumsum(lengths - prompt_lengths)[:-1])
+    ends = np.cumsum(lengths - prompt_lengths)[:-1]
+    logprobs = np.split(table.rollout_logprobs.cpu().numpy(), ends)
+    by_policy = np.split(table.by_policy.cpu().numpy(), ends)
     return [
         Sequence(
             token_ids=token_ids[i],
@@ -108,6 +115,7 @@ def sequences_from_table(table: SequenceTable) -> list[Sequence]:
             advantage=advantage,
             rollout_logprobs=logprobs[i],
             in_loss=in_loss,
+            by_policy=None if by_policy[i].all() else by_policy[i],
         )
         for i, (advantage, in_loss) in enumerate(zip(table.advantages.tolist(), table.in_loss.tolist(), strict=True))
     ]

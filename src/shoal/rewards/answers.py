@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,20 @@ from shoal.errors import RewardError
 _LONGEST_SHOWN = 200
 
 
-def read_rewards(answer: object, *, num_completions: int, who: str) -> npt.NDArray[np.float64]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRewards:
+    """What a reward function answered.
+
+    Attributes:
+        values: `[K]` float64, NaN where it answered `None` and where its answer was no reward.
+        faults: For each sample whose answer was no finite number and not `None`, what was wrong.
+    """
+
+    values: npt.NDArray[np.float64]
+    faults: Mapping[int, str]
+
+
+def read_rewards(answer: object, *, num_completions: int, who: str) -> ReadRewards:
     """Read a reward function's answer.
 
     Args:
@@ -25,11 +39,8 @@ def read_rewards(answer: object, *, num_completions: int, who: str) -> npt.NDArr
         num_completions: How many rewards there must be, K.
         who: The function and the dataset row, as messages are to name them.
 
-    Returns:
-        `[K]` float64, NaN where the function answered `None`.
-
     Raises:
-        RewardError: It is something else, has another length, or holds something that is not a finite number or `None`.
+        RewardError: It is something else, or has another length, so that no sample has a reward.
     """
     elements = _elements(answer, who=who)
     if len(elements) != num_completions:
@@ -38,7 +49,17 @@ def read_rewards(answer: object, *, num_completions: int, who: str) -> npt.NDArr
             "matched to completions by position, so there must be exactly one for each; use None for a completion that "
             "the function does not apply to."
         )
-    return np.array([_number(element, index, who=who) for index, element in enumerate(elements)], dtype=np.float64)
+    values = np.full(num_completions, np.nan)
+    faults: dict[int, str] = {}
+    for index, element in enumerate(elements):
+        if element is None:
+            continue
+        number = as_number(element)
+        if number is None or not math.isfinite(number):
+            faults[index] = _fault(element, number, index, who=who)
+        else:
+            values[index] = number
+    return ReadRewards(values=values, faults=faults)
 
 
 def shown(value: object) -> str:
@@ -83,19 +104,15 @@ def _elements(answer: object, *, who: str) -> Sequence[Any]:
     )
 
 
-def _number(element: object, index: int, *, who: str) -> float:
-    if element is None:
-        return math.nan
-    number = as_number(element)
+def _fault(element: object, number: float | None, index: int, *, who: str) -> str:
+    """Say what is wrong with one sample's reward, of which `number` is the value if it has one."""
     if number is None:
-        raise RewardError(
+        return (
             f"{who} returned {shown(element)} ({type(element).__name__}) for sample {index}, which is not a number. "
             "Return a float, an int, a bool, or None for a completion that the function does not apply to."
         )
-    if not math.isfinite(number):
-        raise RewardError(
-            f"{who} returned {number} for sample {index}. Advantages compare the rewards of a group, and one that is "
-            "not finite would spoil them all. Return None for a completion that the function does not apply to, and a "
-            "finite number otherwise."
-        )
-    return number
+    return (
+        f"{who} returned {number} for sample {index}. Advantages compare the rewards of a group, and one that is "
+        "not finite would spoil them all. Return None for a completion that the function does not apply to, and a "
+        "finite number otherwise."
+    )

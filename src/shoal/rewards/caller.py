@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
-import traceback
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from shoal.errors import ConfigError, RewardError
 from shoal.rewards.answers import read_rewards
+from shoal.rewards.failures import describe
 from shoal.rewards.functions import RewardFunction
 from shoal.rewards.hooks import GroupLog
+from shoal.rewards.sending import not_received, pickle_keywords, plain_state, setup_of
 from shoal.rewards.threads import Outcome, run_in_daemon_thread
-from shoal.types import CompletionLike, Prompt, Rollout
+from shoal.rewards.worker_pool import WorkerPool
+from shoal.rewards.worker_process import failure_of
+from shoal.rewards.workers import WorkerEndedError
+from shoal.types import CompletionLike, Prompt, RewardFailure, Rollout
+
+OnError: TypeAlias = Literal["raise", "drop"]
+"""What follows when a function fails: an error, or no reward for the samples that it failed on."""
 
 _OWN_KEYWORDS = frozenset({"prompts", "completions", "trainer_state", "log_extra", "log_metric"})
 # Columns of these names would say about the completion what only the engine can know; TRL leaves them out too.
@@ -32,14 +39,66 @@ class GroupScore:
     """What the reward functions said about the K completions of one prompt.
 
     Attributes:
-        rewards: `[K, F]` float64, one column per reward function; NaN where a function answered `None`.
+        rewards: `[K, F]` float64, one column per reward function; NaN where a function answered `None`, or failed.
         extras: Columns that reward functions added with `log_extra`, each of length K.
         metrics: `(name, value)` of each `log_metric` call, in order; a name may occur several times.
+        failures: What failed; empty with `on_error="raise"`.
     """
 
     rewards: npt.NDArray[np.float64]
     extras: Mapping[str, tuple[Any, ...]]
     metrics: tuple[tuple[str, float], ...]
+    failures: tuple[RewardFailure, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """A group that is being scored.
+
+    Attributes:
+        prompt: The prompt.
+        rollouts: The K completions as token ids.
+        completions: The K completions as functions see them.
+        trainer_state: Handed to the functions as it is.
+        log: Collects what they log.
+    """
+
+    prompt: Prompt
+    rollouts: Sequence[Rollout]
+    completions: Sequence[CompletionLike]
+    trainer_state: object
+    log: GroupLog
+
+    def who(self, function: RewardFunction) -> str:
+        """Return the function and the dataset row, as messages are to name them."""
+        return f"Reward function {function.name!r} (dataset row {self.prompt.row}, {len(self.completions)} completions)"
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the arguments but for those that log: fresh lists, so that no function sees another's changes."""
+        count = len(self.completions)
+        columns = {name: value for name, value in self.prompt.columns.items() if name not in _HIDDEN_COLUMNS}
+        return {
+            "prompts": [self.prompt.prompt] * count,
+            "completions": list(self.completions),
+            "completion_ids": [rollout.token_ids.tolist() for rollout in self.rollouts],
+            **{name: [value] * count for name, value in columns.items()},
+            "trainer_state": self.trainer_state,
+        }
+
+    def loggers(self, function: RewardFunction) -> dict[str, Callable[..., None]]:
+        """Return `log_extra` and `log_metric` for one function."""
+        return {
+            "log_extra": functools.partial(self.log.add_extra, name=function.name, who=self.who(function)),
+            "log_metric": functools.partial(self.log.add_metric, who=self.who(function)),
+        }
+
+
+class _CallFailedError(RewardError):
+    """A whole call failed; `kind` is that of `RewardFailure`."""
+
+    def __init__(self, message: str, kind: Literal["error", "timeout"] = "error") -> None:
+        super().__init__(message)
+        self.kind: Literal["error", "timeout"] = kind
 
 
 class RewardCaller:
@@ -48,9 +107,19 @@ class RewardCaller:
     All functions of a group run at the same time, and several groups may be scored at once from one event loop.
     Functions are called with keyword arguments only, named as in TRL: `prompts`, `completions`, `completion_ids`, every
     other column of the dataset, `trainer_state`, `log_extra` and `log_metric`. All lists have length K.
+
+    Async functions run in the event loop. Synchronous ones run on threads, or in worker processes if there are any; a
+    call that takes too long is then ended together with its process, and another process takes its place.
     """
 
-    def __init__(self, functions: Sequence[RewardFunction], *, timeout_s: float, threads_per_function: int = 1) -> None:
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        *,
+        timeout_s: float,
+        threads_per_function: int = 1,
+        num_workers: int = 0,
+    ) -> None:
         """Take the functions; calls none of them.
 
         Args:
@@ -58,9 +127,11 @@ class RewardCaller:
             timeout_s: How long one call of one function may take, in seconds.
             threads_per_function: How many groups one synchronous function may be scoring at the same time, each on a
                 thread of its own. With 1, a function needs not be thread-safe. Async functions have no such bound.
+            num_workers: Processes that call the synchronous functions instead; 0 for threads. Each has its own copy of
+                every function, so what a function remembers from one call to the next is spread over them.
 
         Raises:
-            ConfigError: There are no functions, or a bound is not positive.
+            ConfigError: There are no functions, a bound is not positive, or a function cannot be sent to a process.
         """
         if not functions:
             raise ConfigError("There are no reward functions to call. Pass at least one as reward_funcs.")
@@ -76,6 +147,13 @@ class RewardCaller:
         self._functions = tuple(functions)
         self._timeout_s = timeout_s
         self._threads_per_function = threads_per_function
+        self._sent = tuple(function for function in functions if not function.is_async)
+        if num_workers and not self._sent:
+            raise ConfigError(
+                f"reward_workers={num_workers} would have nothing to do: every reward function is async, and those run "
+                "side by side in the trainer's event loop. Remove reward_workers."
+            )
+        self._workers = WorkerPool(setup_of(self._sent), num_workers=num_workers) if num_workers else None
         # asyncio's semaphores belong to one loop; the check before training may run on another than the training.
         self._slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] = (
             weakref.WeakKeyDictionary()
@@ -86,6 +164,24 @@ class RewardCaller:
         """Names of the reward functions, in the order of the columns of `GroupScore.rewards`."""
         return tuple(function.name for function in self._functions)
 
+    async def start(self) -> None:
+        """Start the worker processes, if there are to be any. What was started already is left as it is.
+
+        Raises:
+            ConfigError: A process could not make the functions anew, as when their module cannot be imported there.
+        """
+        if self._workers is None:
+            return
+        try:
+            await self._workers.start()
+        except RewardError as error:
+            raise not_received(self._sent, error) from error
+
+    def close(self) -> None:
+        """End the worker processes. A later call starts others."""
+        if self._workers is not None:
+            self._workers.close()
+
     async def score(
         self,
         prompt: Prompt,
@@ -93,6 +189,7 @@ class RewardCaller:
         completions: Sequence[CompletionLike],
         *,
         trainer_state: object = None,
+        on_error: OnError = "raise",
     ) -> GroupScore:
         """Call every function on the group and wait for all of them.
 
@@ -100,21 +197,31 @@ class RewardCaller:
             prompt: The prompt.
             rollouts: The K completions as token ids.
             completions: The same K completions as text, or as a list of one assistant message each.
-            trainer_state: Handed to the functions as it is.
+            trainer_state: Handed to the functions as it is; to worker processes, as a copy of its attributes.
+            on_error: Whether a function that raises, times out or answers something that is not one finite number or
+                `None` per completion is an error, or a `RewardFailure` in the result. An answer that is as long as it
+                should be fails the samples that it has no number for; anything else fails the whole group.
 
         Raises:
-            RewardError: A function raised, timed out or answered something that is not one number or `None` per
-                completion. The other functions of the group are then cancelled.
+            RewardError: A function failed and that is an error; the other functions of the group are then cancelled. Or
+                no function can be called like this, whatever `on_error` is.
         """
         if len(rollouts) != len(completions):
             raise RewardError(
                 f"Dataset row {prompt.row} came with {len(rollouts)} rollouts and {len(completions)} decoded "
                 "completions. They are two views of the same completions, so this is a bug in Shoal: please report it."
             )
-        log = GroupLog(num_completions=len(completions))
-        base = _shared_keywords(prompt, trainer_state)
+        _refuse_clash(prompt)
+        group = _Group(
+            prompt=prompt,
+            rollouts=rollouts,
+            completions=completions,
+            trainer_state=trainer_state,
+            log=GroupLog(num_completions=len(completions)),
+        )
+        failures: list[RewardFailure] = []
         tasks = [
-            asyncio.create_task(self._call(function, prompt, rollouts, completions, base, log))
+            asyncio.create_task(self._column(function, group, failures if on_error == "drop" else None))
             for function in self._functions
         ]
         try:
@@ -123,44 +230,63 @@ class RewardCaller:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return GroupScore(rewards=np.stack(columns, axis=1), extras=log.extras(), metrics=log.metrics())
+        return GroupScore(
+            rewards=np.stack(columns, axis=1),
+            extras=group.log.extras(),
+            metrics=group.log.metrics(),
+            failures=tuple(failures),
+        )
 
-    async def _call(
-        self,
-        function: RewardFunction,
-        prompt: Prompt,
-        rollouts: Sequence[Rollout],
-        completions: Sequence[CompletionLike],
-        base: Mapping[str, Any],
-        log: GroupLog,
+    async def _column(
+        self, function: RewardFunction, group: _Group, failures: list[RewardFailure] | None
     ) -> npt.NDArray[np.float64]:
-        """Call one function and return its `[K]` rewards."""
-        count = len(completions)
-        who = f"Reward function {function.name!r} (dataset row {prompt.row}, {count} completions)"
-        keywords = {
-            # Fresh lists for each function, so that one which changes them does not change what the others see.
-            "prompts": [prompt.prompt] * count,
-            "completions": list(completions),
-            "completion_ids": [rollout.token_ids.tolist() for rollout in rollouts],
-            **{column: [value] * count for column, value in prompt.columns.items() if column not in _HIDDEN_COLUMNS},
-            **base,
-            "log_extra": functools.partial(log.add_extra, name=function.name, who=who),
-            "log_metric": functools.partial(log.add_metric, who=who),
-        }
+        """Call one function and return its `[K]` rewards; NaN for what it failed on, if `failures` takes that."""
+        count = len(group.completions)
         try:
-            outcome = await self._run(function, keywords)
+            answer = await self._call(function, group)
+            read = read_rewards(answer, num_completions=count, who=group.who(function))
+        except RewardError as error:
+            if failures is None:
+                raise
+            kind = error.kind if isinstance(error, _CallFailedError) else "error"
+            failures.append(
+                RewardFailure(function=function.name, kind=kind, samples=tuple(range(count)), message=str(error))
+            )
+            return np.full(count, np.nan)
+        if read.faults:
+            message = next(iter(read.faults.values()))
+            if failures is None:
+                raise RewardError(message)
+            failures.append(
+                RewardFailure(function=function.name, kind="error", samples=tuple(read.faults), message=message)
+            )
+        return read.values
+
+    async def _call(self, function: RewardFunction, group: _Group) -> Any:
+        """Call one function and return its answer, whatever that is.
+
+        Raises:
+            RewardError: It raised, did not answer in time, or could not be called.
+        """
+        who = group.who(function)
+        try:
+            if self._workers is not None and not function.is_async:
+                return await self._call_in_worker(self._workers, function, group)
+            outcome = await self._call_here(function, group)
         except TimeoutError:
-            raise RewardError(
-                f"{who} did not answer within {self._timeout_s:g} s and was given up on: {_what_remains(function)}. "
-                "Give it a time limit of its own, or raise the time-out of reward functions if it needs longer."
+            raise _CallFailedError(
+                f"{who} did not answer within {self._timeout_s:g} s and was given up on: {self._what_remains(function)}"
+                ". Give it a time limit of its own, or raise the time-out of reward functions if it needs longer.",
+                "timeout",
             ) from None
         if isinstance(outcome.error, RewardError):
             raise outcome.error
         if outcome.error is not None:
-            raise RewardError(_describe(outcome.error, who)) from outcome.error
-        return read_rewards(outcome.value, num_completions=count, who=who)
+            raise _CallFailedError(describe(failure_of(outcome.error), who)) from outcome.error
+        return outcome.value
 
-    async def _run(self, function: RewardFunction, keywords: Mapping[str, Any]) -> Outcome:
+    async def _call_here(self, function: RewardFunction, group: _Group) -> Outcome:
+        keywords = {**group.keywords(), **group.loggers(function)}
         if function.is_async:
             return await _await_within(_invoke(function, keywords), timeout_s=self._timeout_s)
         async with self._slot(function):
@@ -170,6 +296,36 @@ class RewardCaller:
                 name=f"shoal-reward-{function.name}",
             )
 
+    async def _call_in_worker(self, workers: WorkerPool, function: RewardFunction, group: _Group) -> Any:
+        who = group.who(function)
+        index = next(index for index, sent in enumerate(self._sent) if sent is function)
+        state = {"trainer_state": plain_state(group.trainer_state)}
+        keywords = pickle_keywords(group.keywords() | state, who=who)
+        try:
+            reply = await workers.call(
+                {"function": index, "arguments": (), "keywords": keywords, "logs": True}, timeout_s=self._timeout_s
+            )
+        except WorkerEndedError as error:
+            raise _CallFailedError(
+                f"{who} did not answer: {error} during the call. Another takes its place; look for what ends a whole "
+                "process, such as os._exit, a crash in native code or the memory running out."
+            ) from error
+        loggers = group.loggers(function)
+        for hook, name, value in reply["logs"]:
+            loggers[f"log_{hook}"](name, value)
+        if (failure := reply["failure"]) is not None:
+            failed = _CallFailedError(describe(failure, who))
+            failed.add_note(failure["trace"])
+            raise failed
+        return reply["value"]
+
+    def _what_remains(self, function: RewardFunction) -> str:
+        if function.is_async:
+            return "its task was cancelled"
+        if self._workers is not None:
+            return "its worker process was killed and is replaced"
+        return "its thread cannot be stopped and runs on until the process ends (reward_workers=1 makes it a process)"
+
     def _slot(self, function: RewardFunction) -> asyncio.Semaphore:
         """Return what bounds the threads of one synchronous function on the running loop."""
         slots = self._slots.setdefault(asyncio.get_running_loop(), {})
@@ -178,20 +334,13 @@ class RewardCaller:
         return slots[function.name]
 
 
-def _shared_keywords(prompt: Prompt, trainer_state: object) -> dict[str, Any]:
+def _refuse_clash(prompt: Prompt) -> None:
     clash = sorted(_OWN_KEYWORDS & prompt.columns.keys())
     if clash:
         raise RewardError(
             f"The dataset has a column {clash[0]!r} (seen in row {prompt.row}), and reward functions get Shoal's own "
             f"argument of that name. Rename it: dataset.rename_column({clash[0]!r}, ...)."
         )
-    return {"trainer_state": trainer_state}
-
-
-def _what_remains(function: RewardFunction) -> str:
-    if function.is_async:
-        return "its task was cancelled"
-    return "its thread cannot be stopped and runs on until the process ends"
 
 
 async def _invoke(function: RewardFunction, keywords: Mapping[str, Any]) -> Any:
@@ -218,17 +367,3 @@ async def _await_within(coroutine: Coroutine[Any, Any, Any], *, timeout_s: float
         return Outcome(value=None, error=asyncio.CancelledError("the reward function cancelled itself"))
     error = task.exception()
     return Outcome(value=task.result() if error is None else None, error=error)
-
-
-def _describe(error: BaseException, who: str) -> str:
-    """Say what was raised, and where in the user's code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f' at "{frames[-1].filename}", line {frames[-1].lineno}' if frames else ""
-    what = "\n".join(str(error).splitlines()[:5])
-    message = f"{who} raised {type(error).__name__}: {what}{where}."
-    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
-        return (
-            f"{message} Reward functions are called with prompts, completions, completion_ids, every dataset column, "
-            "trainer_state, log_extra and log_metric: add **kwargs to its parameters for those it does not use."
-        )
-    return f"{message} Correct the function, or let it return None for completions that it cannot judge."

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
+import pickle
 import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shoal.errors import RewardError
+from shoal.rewards.worker_process import Reply
+from shoal.rewards.workers import Worker, WorkerEndedError, WorkerLauncher
 
-_WORKER = Path(__file__).with_name("math_worker.py")
+_FUNCTIONS = Path(__file__).with_name("math_functions.py")
+_READ_GOLD, _COMPARE = 0, 1  # their places among the names below
+_NO_KEYWORDS = pickle.dumps({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,11 @@ class MathJudge:
         """
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self._launcher = WorkerLauncher(
+            {"path": list(sys.path), "pickled": b"", "file": str(_FUNCTIONS), "names": ["read_gold", "compare"]},
+            is_quiet=True,
+        )
+        self._worker: Worker | None = None
 
     def judge(self, *, gold: str, answer: str) -> Verdict:
         """Compare one completion's answer with the gold one.
@@ -53,82 +59,49 @@ class MathJudge:
             RewardError: math-verify is not installed, or its process cannot start.
         """
         with self._lock:
-            process = self._running_process()
-            if not _send(process, {"gold": gold, "answer": answer}):
-                process = self._restarted_process()
-                _send(process, {"gold": gold, "answer": answer})
-            first = _receive(process)
-            if first is None:
-                self._end()
+            read = self._ask(_READ_GOLD, gold)
+            if read is None:
                 return Verdict(correct=None, gold="[timed out]", answer="[skipped]")
-            if first["gold"] is None:
+            if read["value"] is None:
                 return Verdict(correct=None, gold="[unparseable]", answer="[skipped]")
-            second = _receive(process)
-            if second is None:
-                self._end()
-                return Verdict(correct=False, gold=first["gold"], answer="[timed out]")
-            return Verdict(correct=second["correct"], gold=first["gold"], answer=second["answer"] or "[unparseable]")
+            compared = self._ask(_COMPARE, gold, answer)
+            if compared is None:
+                return Verdict(correct=False, gold=read["value"], answer="[timed out]")
+            correct, parsed = compared["value"] or (False, None)
+            return Verdict(correct=correct, gold=read["value"], answer=parsed or "[unparseable]")
 
     def close(self) -> None:
         """End the process, if there is one; a later `judge` starts another."""
         with self._lock:
-            self._end()
+            self._launcher.close()
 
-    def _running_process(self) -> subprocess.Popen[str]:
-        if self._process is None:
-            self._process = self._start()
-        return self._process
+    @property
+    def pid(self) -> int | None:
+        """Process id of math-verify's process; None before the first comparison."""
+        return self._worker.pid if self._worker is not None else None
 
-    def _restarted_process(self) -> subprocess.Popen[str]:
-        self._end()
-        return self._running_process()
+    def _ask(self, function: int, *arguments: str) -> Reply | None:
+        """Return what a function of the process answers; None when the process had to be ended, or ended itself."""
+        if self._worker is None or not self._worker.is_running():
+            self._worker = self._launch()
+        try:
+            return self._worker.call(
+                {"function": function, "arguments": arguments, "keywords": _NO_KEYWORDS, "logs": False},
+                timeout_s=self._timeout_s,
+            )
+        except (TimeoutError, WorkerEndedError):
+            return None
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _launch(self) -> Worker:
         if importlib.util.find_spec("math_verify") is None:
             raise RewardError(
                 "accuracy_reward compares answers with math-verify, which is not installed. Install it "
                 "(`pip install math-verify[antlr4_13_2]`), or use a reward function of your own."
             )
-        process = subprocess.Popen(
-            # -P keeps this folder off the worker's import path, where its module names could hide others.
-            [sys.executable, "-P", str(_WORKER), str(self._timeout_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-        )
-        # Bounded: the process sets its own timer before it imports anything slow.
-        if _receive(process) is None:
-            process.communicate()
+        try:
+            return self._launcher.launch()
+        except RewardError as error:
             raise RewardError(
-                f"The math-verify process of accuracy_reward ended with code {process.returncode} while it started, so "
-                f"no answer can be compared. Run `{sys.executable} {_WORKER} 5` to see why."
-            )
-        return process
-
-    def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-
-def _send(process: subprocess.Popen[str], request: dict[str, str]) -> bool:
-    """Write a request; False when the process is gone."""
-    assert process.stdin is not None
-    try:
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        return False
-    return True
-
-
-def _receive(process: subprocess.Popen[str]) -> dict[str, Any] | None:
-    """Read an answer; None when the process ended instead, which its timer makes it do."""
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line.endswith("\n"):
-        return None
-    answer: dict[str, Any] = json.loads(line)
-    return answer
+                f"The math-verify process of accuracy_reward did not start, so no answer can be compared: {error}. "
+                'See whether `python -c "import math_verify"` works.'
+            ) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from shoal.protocols import RolloutFlow
+from shoal.rollout.conversation import SampleConversation, SingleTurn
 from shoal.rollout.pool import EnginePool
 from shoal.rollout.tasks import gather_or_cancel
 from shoal.types import CompletionLike, Prompt, Rollout, RolloutRequest, SamplingSettings, ScoredGroup
@@ -45,31 +47,44 @@ class RolloutCollector:
         pool: Writes completions.
         decode: Makes them readable.
         score: Rewards them.
+        flow: How a sample comes about; None for one turn.
     """
 
-    def __init__(self, pool: EnginePool, *, decode: Decode, score: Score) -> None:
+    def __init__(self, pool: EnginePool, *, decode: Decode, score: Score, flow: RolloutFlow | None = None) -> None:
         self._pool = pool
         self._decode = decode
         self._score = score
+        self._flow = flow or SingleTurn()
 
     async def collect(self, request: GroupRequest) -> tuple[ScoredGroup, ...]:
         """Return one scored group for each prompt, in the order of the prompts whatever finished first.
 
         Raises:
             EngineError: No engine is left, or a request cannot be answered.
-            RewardError: A reward function failed. In both cases everything under way is cancelled.
+            RewardError: A reward function failed.
+            RolloutFlowError: The flow did what it must not. In all cases everything under way is cancelled.
         """
         async with self._pool.watching():
             return await gather_or_cancel(self._collect_group(prompt, request) for prompt in request.prompts)
 
     async def _collect_group(self, prompt: Prompt, request: GroupRequest) -> ScoredGroup:
-        rollouts = await self._pool.generate_group(
-            [
-                RolloutRequest(
-                    prompt_token_ids=prompt.token_ids, seed=request.seed(prompt, sample), sampling=request.sampling
-                )
-                for sample in range(request.num_generations)
-            ],
-            step=request.step,
+        group = self._pool.new_group()
+        rollouts = await gather_or_cancel(
+            self._write_sample(prompt, request, sample, group) for sample in range(request.num_generations)
         )
         return await self._score(prompt, rollouts, self._decode(prompt, rollouts))
+
+    async def _write_sample(self, prompt: Prompt, request: GroupRequest, sample: int, group: int) -> Rollout:
+        async def write(turn: RolloutRequest, near: str | None) -> Rollout:
+            """Keep first turns with those of the prompt's other samples, and later ones with what they follow on."""
+            (rollout,) = await self._pool.generate_group(
+                [turn], step=request.step, group=group if near is None else None, near=near
+            )
+            return rollout
+
+        asked = RolloutRequest(
+            prompt_token_ids=prompt.token_ids, seed=request.seed(prompt, sample), sampling=request.sampling
+        )
+        conversation = SampleConversation(prompt, asked, write)
+        await self._flow.run(conversation)
+        return conversation.rollout()

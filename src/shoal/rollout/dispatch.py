@@ -171,25 +171,36 @@ class Dispatcher:
         slot.kv_usage, slot.num_preemptions, slot.num_unseen, slot.can_move = 0.0, 0, 0, True
         self._touch(engine)
 
-    def submit(self, group: int, samples: Iterable[int], *, step: int = 0, expected_tokens: float = 0.0) -> None:
-        """Want some samples of one prompt.
+    def submit(
+        self,
+        group: int,
+        samples: Iterable[int],
+        *,
+        step: int = 0,
+        expected_tokens: float = 0.0,
+        home: int | None = None,
+    ) -> None:
+        """Want some samples of one prompt, or further ones of a group that has not ended.
 
         Args:
             group: The prompt, under a name that no other group bears at the time.
             samples: Names of the samples, that no others bear at the time.
             step: Samples of an older one go first.
             expected_tokens: How long each will be; of one step, the longer go first.
+            home: The engine that has what they begin with; None if none has, or if the group is there already.
         """
-        assert group not in self._groups, f"group {group!r} is there already"
-        self._num_groups += 1
-        entry = _Group(name=group, order=(step, -expected_tokens, self._num_groups))
-        for sample in samples:
+        entry = self._groups.get(group)
+        if entry is None:
+            self._num_groups += 1
+            entry = _Group(name=group, order=(step, -expected_tokens, self._num_groups), home=home)
+        new = list(samples)
+        for sample in new:
             assert sample not in self._group_of, f"sample {sample!r} is there already"
             self._group_of[sample] = entry
-            entry.waiting.append(sample)
-        entry.num_left = len(entry.waiting)
-        self._num_waiting += entry.num_left
-        if entry.num_left:
+        entry.waiting.extend(new)
+        entry.num_left += len(new)
+        self._num_waiting += len(new)
+        if new:
             self._groups[group] = entry
             self._enqueue(entry)
 
@@ -352,7 +363,10 @@ class Dispatcher:
 
     def _enqueue(self, group: _Group) -> None:
         heapq.heappush(self._all, group)
-        heapq.heappush(self._fresh, group)
+        if group.home is None:
+            heapq.heappush(self._fresh, group)
+        else:
+            heapq.heappush(self._engines[group.home].homed, (group.order, group))
 
     def _next_group(self, engine: int) -> _Group:
         """Return the group that the engine is to take a sample of."""

@@ -18,10 +18,14 @@ def go_on(request: RolloutRequest, parts: Sequence[Rollout], *, name: str) -> Ro
     The tokens that there are become part of the prompt as they are; nothing is encoded again. The seed changes, since
     a generator that began anew would draw the first numbers twice.
     """
-    num_done = sum(len(part.token_ids) for part in parts)
+    return go_on_after(request, tuple(int(token) for part in parts for token in part.token_ids), name=name)
+
+
+def go_on_after(request: RolloutRequest, done: tuple[int, ...], *, name: str = "") -> RolloutRequest:
+    """Return the request for what follows on these tokens of the completion, whoever wrote them; see `go_on`."""
+    num_done = len(done)
     if num_done == 0:
         return replace(request, name=name)
-    done = tuple(int(token) for part in parts for token in part.token_ids)
     return replace(
         request,
         prompt_token_ids=request.prompt_token_ids + done,

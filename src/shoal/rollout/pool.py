@@ -104,12 +104,25 @@ class EnginePool:
 
     # ---- samples ----
 
-    async def generate_group(self, requests: Sequence[RolloutRequest], *, step: int = 0) -> tuple[Rollout, ...]:
+    def new_group(self) -> int:
+        """Return a name by which `generate_group` knows samples that are asked for one by one to be of one prompt."""
+        return next(self._names)
+
+    async def generate_group(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        step: int = 0,
+        group: int | None = None,
+        near: str | None = None,
+    ) -> tuple[Rollout, ...]:
         """Write all samples of one prompt, together on one engine while that is no worse.
 
         Args:
             requests: One for each sample.
             step: Samples of an older one go first.
+            group: Of `new_group`, if others of the prompt may be under way.
+            near: Name of the engine that has what they begin with, as it wrote it; None if none does.
 
         Raises:
             EngineRequestError: The request cannot be answered, or several engines failed it in turn.
@@ -118,7 +131,12 @@ class EnginePool:
         loop = asyncio.get_running_loop()
         tickets = [Ticket(next(self._names), request, loop.create_future()) for request in requests]
         self._tickets.update((ticket.sample, ticket) for ticket in tickets)
-        self._dispatcher.submit(next(self._names), [ticket.sample for ticket in tickets], step=step)
+        self._dispatcher.submit(
+            self.new_group() if group is None else group,
+            [ticket.sample for ticket in tickets],
+            step=step,
+            home=None if near is None else self._index[near],
+        )
         try:
             self._place()
             return await gather_or_cancel(self._write(ticket) for ticket in tickets)

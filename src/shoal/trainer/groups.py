@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,11 +26,17 @@ class JudgedStep:
 
 
 def judge(groups: abc.Sequence[ScoredGroup], weights: abc.Sequence[float], args: GRPOConfig) -> JudgedStep:
-    """Compute the advantages of a step."""
+    """Compute the advantages of a step.
+
+    A sample that a reward function failed on takes no part: it is in no mean and no standard deviation, neither its
+    group's nor (`scale_rewards="batch"`, `normalize_then_sum`) the step's, and its advantage is 0.
+    """
+    rewards = np.stack([group.rewards for group in groups])
+    dropped = np.stack([group.dropped for group in groups])
     return JudgedStep(
         groups=tuple(groups),
         advantages=compute_advantages(
-            np.stack([group.rewards for group in groups]),
+            np.where(dropped[..., None], np.nan, rewards),
             np.asarray(weights, dtype=np.float64),
             scale_rewards=args.scale_rewards,  # type: ignore[arg-type]
             multi_objective_aggregation=args.multi_objective_aggregation,  # type: ignore[arg-type]
@@ -39,8 +45,13 @@ def judge(groups: abc.Sequence[ScoredGroup], weights: abc.Sequence[float], args:
 
 
 def training_sequences(step: JudgedStep, args: GRPOConfig) -> list[Sequence]:
-    """Return every completion of the step as a training sequence."""
-    return [
+    """Return every completion of the step as a training sequence, but for those that a reward function failed on.
+
+    The step is then what it would be had those never been written: the loss's denominator, tokens (dapo) or sequences
+    (grpo) of the step, counts the others only, and so nothing else about their gradients changes. If none is left, the
+    shortest completion is returned out of the loss, since every rank must have something to run.
+    """
+    sequences = [
         Sequence(
             token_ids=np.concatenate(
                 [np.asarray(group.prompt.token_ids, np.int64), rollout.token_ids.astype(np.int64)]
@@ -49,10 +60,15 @@ def training_sequences(step: JudgedStep, args: GRPOConfig) -> list[Sequence]:
             advantage=float(step.advantages.advantages[row, sample]),
             rollout_logprobs=rollout.rollout_logprobs,
             in_loss=not (args.mask_truncated_completions and rollout.finish_reason == "length"),
+            by_policy=rollout.by_policy,
         )
         for row, group in enumerate(step.groups)
         for sample, rollout in enumerate(group.rollouts)
     ]
+    dropped = [is_dropped for group in step.groups for is_dropped in group.dropped]
+    if all(dropped):
+        return [replace(min(sequences, key=lambda sequence: len(sequence.token_ids)), in_loss=False)]
+    return [sequence for sequence, is_dropped in zip(sequences, dropped, strict=True) if not is_dropped]
 
 
 def group_metrics(step: JudgedStep, reward_names: abc.Sequence[str]) -> dict[str, float]:
@@ -65,7 +81,7 @@ def group_metrics(step: JudgedStep, reward_names: abc.Sequence[str]) -> dict[str
     metrics: dict[str, float] = {
         "reward": _mean(step.advantages.rewards),
         "reward_std": _std(step.advantages.rewards),
-        "frac_reward_zero_std": float(step.advantages.zero_std.mean()),
+        "frac_reward_zero_std": _mean(np.where(_is_dropped(step.groups), np.nan, step.advantages.zero_std)),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -80,6 +96,23 @@ def group_metrics(step: JudgedStep, reward_names: abc.Sequence[str]) -> dict[str
     return metrics
 
 
+def failure_metrics(groups: abc.Sequence[ScoredGroup], reward_names: abc.Sequence[str]) -> dict[str, float]:
+    """Count what reward functions failed on.
+
+    Returns:
+        For each function, calls that failed (`rewards/NAME/errors`) and those of them that did not end in time
+        (`rewards/NAME/timeouts`); then the samples that are left out, and the groups of which nothing is left.
+    """
+    metrics = {f"rewards/{name}/{kind}": 0.0 for name in reward_names for kind in ("errors", "timeouts")}
+    for failure in (failure for group in groups for failure in group.failures):
+        metrics[f"rewards/{failure.function}/errors"] += 1
+        metrics[f"rewards/{failure.function}/timeouts"] += failure.kind == "timeout"
+    return metrics | {
+        "rollout/dropped_samples": float(sum(group.dropped.sum() for group in groups)),
+        "rollout/dropped_groups": float(_is_dropped(groups).sum()),
+    }
+
+
 def num_tokens(groups: abc.Sequence[ScoredGroup]) -> int:
     """Count the prompt and completion tokens of all sequences, prompts once for each completion as TRL does."""
     return sum(len(group.prompt.token_ids) + len(rollout.token_ids) for group in groups for rollout in group.rollouts)
@@ -91,6 +124,11 @@ def merge_logged(logged: abc.Sequence[tuple[str, float]]) -> dict[str, float]:
     for name, value in logged:
         values.setdefault(name, []).append(value)
     return {name: float(np.mean(items)) for name, items in values.items()}
+
+
+def _is_dropped(groups: abc.Sequence[ScoredGroup]) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """Say of each group whether nothing of it is left, `[P]`."""
+    return np.array([group.dropped.all() for group in groups], dtype=np.bool_)
 
 
 def _mean(values: abc.Sequence[float] | np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:

@@ -143,6 +143,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._step_log = StepLog()
         self._record = RunRecord(args)
         self._is_evaluating = False
+        self._step_is_empty = False
         self.last_evaluation: tuple[ScoredGroup, ...] = ()
         """What `evaluate` was last about, completion by completion; on rank 0 only."""
         self.ledger = TimeLedger()
@@ -217,6 +218,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             return [], None
         self._engines.refresh(self.state.global_step, always=False)
         sequences = self._exchange.sequences(self._engines.during(self._write_step))
+        self._step_is_empty = not any(sequence.in_loss for sequence in sequences)
         self._train_began = time.monotonic()
         micro_batches = micro_batches_of_rank(
             sequences,
@@ -378,8 +380,18 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         return self._engines.collect(request, timeout_s=self.args.vllm_request_timeout_s * _ROLLOUT_TIMEOUT_FACTOR)
 
     def close(self) -> None:
-        """End the engines. A later `train` or `evaluate` starts them again."""
+        """End the engines and worker processes. A later `train` or `evaluate` starts them again."""
         self._engines.close()
+        self._judge.close()
+
+    def skip_empty_step(self) -> None:
+        """Have the optimizer leave the weights alone if nothing of the step is in the loss, which all ranks agree on.
+
+        Momentum and weight decay would move them even with a gradient of 0; without any, an optimizer passes over a
+        parameter. DeepSpeed has stepped by now, and a loss scaler (fp16) needs gradients: there it is a gradient of 0.
+        """
+        if self._step_is_empty and self.accelerator.scaler is None:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def publish_after_step(self) -> None:
         """Publish the weights that the optimizer's step has made. All ranks call it."""
@@ -410,6 +422,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             )
         seconds = time.monotonic() - began
         judged = self._judge.compare(groups)
+        self._judge.count_empty(judged)
         self.state.num_input_tokens_seen += num_tokens(groups)
         num_completion_tokens = sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
         self._step_log.add(
@@ -481,6 +494,9 @@ class _StepEnd(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.forget_published()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.skip_empty_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.publish_after_step()

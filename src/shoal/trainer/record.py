@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shoal.config import GRPOConfig
 from shoal.observe.completions import CompletionRow, CompletionsWriter, rows_of_group
 from shoal.observe.metrics import MetricsWriter
@@ -33,7 +35,7 @@ class RunRecord:
                 group,
                 reward_names=reward_names,
                 rewards=judged.advantages.rewards[index],
-                advantages=judged.advantages.advantages[index],
+                advantages=np.where(group.dropped, np.nan, judged.advantages.advantages[index]),
             )
         ]
         CompletionsWriter(self._folder / "completions").write(step, self._last_rows)

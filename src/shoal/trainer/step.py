@@ -32,7 +32,7 @@ def micro_batches_of_rank(
         max_tokens: Budget of a micro-batch.
     """
     weights = LOSSES[loss_type].token_weights(
-        np.array([sequence.completion_length for sequence in sequences], dtype=np.int64),
+        np.array([sequence.num_targets for sequence in sequences], dtype=np.int64),
         np.array([sequence.in_loss for sequence in sequences], dtype=np.bool_),
     )
     plan = plan_micro_batches([len(sequence.token_ids) for sequence in sequences], num_ranks, max_tokens)
