@@ -1,27 +1,34 @@
-"""One optimizer step of a real trainer, and what its optimizer saw; with torchrun, on several processes.
+"""Optimizer steps of a real trainer, and what its optimizer saw; with torchrun, on several processes, in any sharding.
 
     python one_step.py CASES.json FOLDER
 
-The rollouts are the exact engine's, their logprobs moved a little, as another engine's would differ.
+The rollouts are the exact engine's, their logprobs moved a little, as another engine's would differ. They come from a
+copy of the model as it is before the first step: a sharded model cannot be asked by one process alone.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
+import tempfile
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from shoal import GRPOConfig
 from shoal.testing import tiny_model, tiny_tokenizer
-from shoal.testing.trainer import ReferenceTrainer
+from shoal.testing.trainer import ReferenceTrainer, reference_rollouts
+from shoal.trainer.rollouts import Rollouts
 from shoal.types import MicroBatch, Rollout, ScoredGroup
 
 LEARNING_RATE = 0.5
@@ -40,7 +47,12 @@ class Case:
         settings: Of the run, besides the common ones.
         moved: Whether the policy has left its reference when the step begins.
         ends: Whether completions may end before they are cut.
-        broken: What is done wrong on purpose: `micro_batch_mean`, `rank_mean`, `reward`; None for nothing.
+        broken: What is done wrong on purpose: `micro_batch_mean`, `rank_mean`, `reward`, `drops_one`; None for nothing.
+        dtype: Of the weights.
+        fsdp2: Entries of the FSDP plugin of accelerate; None for no FSDP.
+        lora: Whether an adapter is trained: None, `lora`, or `qlora` over weights of 4 bits.
+        optimizer: `sgd` or `adamw`.
+        learning_rate: Of the optimizer.
     """
 
     name: str
@@ -48,13 +60,49 @@ class Case:
     moved: bool = False
     ends: bool = True
     broken: str | None = None
+    dtype: str = "float64"
+    fsdp2: dict[str, Any] | None = None
+    lora: str | None = None
+    optimizer: str = "sgd"
+    learning_rate: float = LEARNING_RATE
 
 
-def make_model(*, ends: bool = True) -> Any:
+def make_model(*, ends: bool = True, dtype: str = "float64", lora: str | None = None) -> Any:
     """The policy before anything."""
-    model = tiny_model(dtype=torch.float64)
+    model = tiny_model(dtype=getattr(torch, dtype))
+    if lora is not None:
+        model = adapted(quantised(model) if lora == "qlora" else model)
     if ends:
         model.generation_config.eos_token_id = STOP_TOKENS
+    return model
+
+
+def quantised(model: Any) -> Any:
+    """The same model with weights of 4 bits."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=model.dtype,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_compute_dtype=model.dtype, bnb_4bit_quant_storage=model.dtype
+            ),
+        )
+
+
+def adapted(model: Any) -> Any:
+    """The model under an adapter that changes it already."""
+    from peft import LoraConfig, get_peft_model
+
+    kind = model.dtype
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.data = (0.1 * torch.randn(value.shape, generator=generator, dtype=torch.float64)).to(kind)
     return model
 
 
@@ -82,6 +130,19 @@ class OneStepTrainer(ReferenceTrainer):
     """Keeps the groups it trained on and counts micro-batches; `broken` spoils the loss."""
 
     broken: str | None = None
+    fsdp2: dict[str, Any] | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, and have it shard: of itself, it leaves FSDP out on CPUs (`check_sharding`)."""
+        super().create_accelerator_and_postprocess()
+        if self.fsdp2 is not None:
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT", **self.fsdp2)
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = plugin
+            self.is_fsdp_enabled = True
+
+    def _start_rollouts(self) -> Rollouts:
+        return reference_rollouts(self, self.writer)
 
     def score(self, prompts: Any, **keywords: Any) -> tuple[ScoredGroup, ...]:
         groups = super().score(prompts, **keywords)
@@ -93,6 +154,8 @@ class OneStepTrainer(ReferenceTrainer):
         if self.broken == "micro_batch_mean":
             counts = (inputs.loss_weights != 0).float()
             inputs = replace(inputs, loss_weights=counts / counts.sum().clamp(min=1))
+        if self.broken == "drops_one" and self.args.process_index == 0 and len(self.micro_batches) == 1:
+            inputs = replace(inputs, loss_weights=torch.zeros_like(inputs.loss_weights))
         loss = super().compute_loss(model, inputs, *args, **keywords)
         return loss / self.args.world_size if self.broken == "rank_mean" else loss
 
@@ -100,17 +163,40 @@ class OneStepTrainer(ReferenceTrainer):
 class KeepGradients(TrainerCallback):  # type: ignore[misc]
     """Copies the gradients at the last moment before the optimizer uses them."""
 
+    gradients: dict[str, torch.Tensor] | None = None
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
+        if self.gradients is None:
+            self.gradients = {
+                plain_name(name): whole(value.grad)
+                for name, value in model.named_parameters()
+                if value.requires_grad and value.grad is not None  # DeepSpeed has taken its step already
+            }
+
+
+def plain_name(name: str) -> str:
+    """The parameter's name without what wrappers put into it."""
+    return name.removeprefix("module.").replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A copy of all of a tensor that may be in parts. All ranks call it."""
+    if hasattr(value, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([value]):
+            return value.detach().clone()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
 
 
 def take_step(case: Case, output_dir: Path) -> dict[str, Any]:
-    """Take the step and return what happened."""
-    model, kept = make_model(ends=case.ends), KeepGradients()
+    """Take the step, or as many as the settings say, and return what happened."""
+    model = make_model(ends=case.ends, dtype=case.dtype, lora=case.lora)
+    writer, kept = copy.deepcopy(model), KeepGradients()
     settings = {
         "output_dir": str(output_dir),
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": "deepspeed" not in case.settings,  # accelerate leaves DeepSpeed out where the CPU is asked for
         "bf16": False,
         "num_generations": 3,
         "max_completion_length": 6,
@@ -122,35 +208,48 @@ def take_step(case: Case, output_dir: Path) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "lr_scheduler_type": "constant",
         "disable_tqdm": False,
+        "learning_rate": case.learning_rate,
         "per_device_train_batch_size": 12
         // (int(os.environ.get("WORLD_SIZE", "1")) * int(case.settings.get("gradient_accumulation_steps", 1))),
     }
-    trainer = OneStepTrainer(
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    trainer_type = type("CaseTrainer", (OneStepTrainer,), {"broken": case.broken, "fsdp2": case.fsdp2})
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(trained, lr=case.learning_rate)
+        if case.optimizer == "adamw"
+        else torch.optim.SGD(trained, lr=case.learning_rate)
+    )
+    trainer = trainer_type(
         model=model,
         reward_funcs=failing_reward if case.broken == "reward" else reward,
         args=GRPOConfig(**settings | case.settings),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=tiny_tokenizer(),
         callbacks=[kept],
-        optimizers=(torch.optim.SGD(model.parameters(), lr=LEARNING_RATE), None),
+        optimizers=(optimizer, None),
     )
-    trainer.broken = case.broken
+    trainer.writer = writer
     if case.moved:
         move(model)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        move(writer)
+    before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     try:
         trainer.train()
     except Exception as error:
+        traceback.print_exc()
         return {"error": type(error).__name__, "message": str(error)}
     finally:
         trainer.close()
+    after = {plain_name(name): whole(value) for name, value in trainer.model.named_parameters() if value.requires_grad}
     return {
         "groups": [_as_plain(group) for group in getattr(trainer, "groups", ())],
         "gradients": kept.gradients,
-        "changes": {name: value.detach() - before[name] for name, value in model.named_parameters()},
+        "changes": {name: after[name] - value for name, value in before.items()},
         "num_micro_batches": len(trainer.micro_batches),
         "num_fillers": sum(not bool(batch.loss_weights.any()) for batch in trainer.micro_batches),
         "log": trainer.state.log_history[0],
+        "logs": trainer.state.log_history,
     }
 
 
