@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -51,8 +52,8 @@ class Case:
         dtype: Of the weights.
         fsdp2: Entries of the FSDP plugin of accelerate; None for no FSDP.
         lora: Whether an adapter is trained: None, `lora`, or `qlora` over weights of 4 bits.
-        optimizer: `sgd` or `adamw`.
-        learning_rate: Of the optimizer.
+        resume: The checkpoint to go on from, `CASE/checkpoint-N`.
+        save: Whether the trained model is saved at the end, in `final`.
     """
 
     name: str
@@ -63,8 +64,8 @@ class Case:
     dtype: str = "float64"
     fsdp2: dict[str, Any] | None = None
     lora: str | None = None
-    optimizer: str = "sgd"
-    learning_rate: float = LEARNING_RATE
+    resume: str | None = None
+    save: bool = False
 
 
 def make_model(*, ends: bool = True, dtype: str = "float64", lora: str | None = None) -> Any:
@@ -114,6 +115,13 @@ def move(model: Any) -> None:
             value += 0.02 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
 
 
+def spoil(model: Any) -> None:
+    """Leave in the weights what ranks other than 0 have of a model that rank 0 alone has loaded: anything."""
+    with torch.no_grad():
+        for value in model.parameters():
+            value.fill_(7.0)
+
+
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """Anything that differs between completions."""
     return [sum(ids) / (100.0 * len(ids)) for ids in completion_ids]
@@ -131,12 +139,16 @@ class OneStepTrainer(ReferenceTrainer):
 
     broken: str | None = None
     fsdp2: dict[str, Any] | None = None
+    written: dict[Any, tuple[ScoredGroup, ...]]
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, and have it shard: of itself, it leaves FSDP out on CPUs (`check_sharding`)."""
         super().create_accelerator_and_postprocess()
         if self.fsdp2 is not None:
-            plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT", **self.fsdp2)
+            settings = {"state_dict_type": "FULL_STATE_DICT", "auto_wrap_policy": "transformer_based_wrap"} | self.fsdp2
+            if settings.get("cpu_offload"):
+                settings["cpu_offload"] = CPUOffloadPolicy(pin_memory=False)  # there is no GPU to pin it for
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
             self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = plugin
             self.is_fsdp_enabled = True
@@ -144,9 +156,14 @@ class OneStepTrainer(ReferenceTrainer):
     def _start_rollouts(self) -> Rollouts:
         return reference_rollouts(self, self.writer)
 
-    def score(self, prompts: Any, **keywords: Any) -> tuple[ScoredGroup, ...]:
-        groups = super().score(prompts, **keywords)
-        self.groups = tuple(replace(group, rollouts=tuple(map(_disagreeing, group.rollouts))) for group in groups)
+    def score(self, prompts: Any, *, seed_step: int, **keywords: Any) -> tuple[ScoredGroup, ...]:
+        if seed_step not in self.written:
+            groups = super().score(prompts, seed_step=seed_step, **keywords)
+            self.written[seed_step] = tuple(
+                replace(group, rollouts=tuple(map(_disagreeing, group.rollouts))) for group in groups
+            )
+        self.groups = self.written[seed_step]
+        self.all_groups = [*getattr(self, "all_groups", []), self.groups]
         return self.groups
 
     def compute_loss(self, model: Any, inputs: MicroBatch, *args: Any, **keywords: Any) -> torch.Tensor:
@@ -189,10 +206,18 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
 
 
-def take_step(case: Case, output_dir: Path) -> dict[str, Any]:
-    """Take the step, or as many as the settings say, and return what happened."""
+def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = None) -> dict[str, Any]:
+    """Take the step, or as many as the settings say, and return what happened.
+
+    Args:
+        case: What to do.
+        output_dir: Of the run.
+        written: The groups of each step that other cases with the same prompts, sampling and copy have had written.
+    """
     model = make_model(ends=case.ends, dtype=case.dtype, lora=case.lora)
     writer, kept = copy.deepcopy(model), KeepGradients()
+    if (case.fsdp2 or {}).get("cpu_ram_efficient_loading") and os.environ.get("RANK", "0") != "0":
+        spoil(model)
     settings = {
         "output_dir": str(output_dir),
         "report_to": "none",
@@ -208,18 +233,13 @@ def take_step(case: Case, output_dir: Path) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "lr_scheduler_type": "constant",
         "disable_tqdm": False,
-        "learning_rate": case.learning_rate,
+        "optim": "sgd",
+        "learning_rate": LEARNING_RATE,
         "per_device_train_batch_size": 12
         // (int(os.environ.get("WORLD_SIZE", "1")) * int(case.settings.get("gradient_accumulation_steps", 1))),
     }
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     trainer_type = type("CaseTrainer", (OneStepTrainer,), {"broken": case.broken, "fsdp2": case.fsdp2})
-    trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.AdamW(trained, lr=case.learning_rate)
-        if case.optimizer == "adamw"
-        else torch.optim.SGD(trained, lr=case.learning_rate)
-    )
     trainer = trainer_type(
         model=model,
         reward_funcs=failing_reward if case.broken == "reward" else reward,
@@ -227,15 +247,16 @@ def take_step(case: Case, output_dir: Path) -> dict[str, Any]:
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=tiny_tokenizer(),
         callbacks=[kept],
-        optimizers=(optimizer, None),
     )
-    trainer.writer = writer
+    trainer.writer, trainer.written = writer, {} if written is None else written
     if case.moved:
         move(model)
         move(writer)
     before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     try:
-        trainer.train()
+        trainer.train(None if case.resume is None else str(output_dir.parent / case.resume))
+        if case.save:
+            trainer.save_model(str(output_dir / "final"))
     except Exception as error:
         traceback.print_exc()
         return {"error": type(error).__name__, "message": str(error)}
@@ -249,6 +270,8 @@ def take_step(case: Case, output_dir: Path) -> dict[str, Any]:
         "num_micro_batches": len(trainer.micro_batches),
         "num_fillers": sum(not bool(batch.loss_weights.any()) for batch in trainer.micro_batches),
         "log": trainer.state.log_history[0],
+        "all_groups": [[_as_plain(group) for group in groups] for groups in getattr(trainer, "all_groups", ())],
+        "weights": after,
         "logs": trainer.state.log_history,
     }
 
@@ -273,9 +296,12 @@ def _as_plain(group: ScoredGroup) -> dict[str, Any]:
 def main() -> None:
     """Take every step of the list."""
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    written: dict[str, dict[Any, Any]] = {}
     for entry in cases:
         case = Case(**entry)
-        result = take_step(case, folder / "runs" / case.name)
+        # What decides about a step's completions, besides its number.
+        kind = repr([case.dtype, case.lora, case.moved, case.ends, case.settings.get("temperature"), case.broken])
+        result = take_step(case, folder / "runs" / case.name, written.setdefault(kind, {}))
         torch.save(result, folder / f"{case.name}.{os.environ.get('RANK', '0')}.pt")
 
 

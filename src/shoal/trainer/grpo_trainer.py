@@ -12,6 +12,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ from shoal.trainer.progress import print_start_progress
 from shoal.trainer.record import RunRecord
 from shoal.trainer.reference import ReferencePolicy
 from shoal.trainer.rollouts import Rollouts
-from shoal.trainer.sharding import backward_keywords, check_sharding, gradient_exchange
+from shoal.trainer.sharding import backward_keywords, check_sharding, gradient_exchange, whole_state_dict
 from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread, to_device
 from shoal.trainer.step_log import StepLog
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
@@ -311,6 +312,14 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             self._is_evaluating = False
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `from_pretrained` reads it. All ranks call it; sharded models are gathered on rank 0.
+
+        Checkpoints made during training are in the form that accelerate's `state_dict_type` says.
+        """
+        with nullcontext() if _internal_call else whole_state_dict(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     def _load_best_model(self) -> None:
         """Load it, and have it published before the engines write again: the step's number does not tell."""

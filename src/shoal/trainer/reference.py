@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from accelerate.utils import DistributedType
@@ -51,7 +51,7 @@ class ReferencePolicy:
     def model(self, policy: nn.Module, unwrapped: nn.Module) -> tuple[nn.Module, AbstractContextManager[Any]]:
         """Return the model to call and the context to call it in."""
         if self._copy is None:
-            return policy, unwrapped.disable_adapter()  # type: ignore[operator]
+            return policy, _without_adapter(unwrapped)
         if not self._is_placed:
             self._copy = self._copy.to(next(unwrapped.parameters()).device)
         return self._copy, nullcontext()
@@ -67,6 +67,20 @@ def _second(policy: nn.Module, reload: Callable[[], nn.Module] | None) -> nn.Mod
             "while it was loaded, and such a model cannot be copied. Pass the model's path, or set beta=0.0."
         )
     return reload()
+
+
+@contextmanager
+def _without_adapter(policy: nn.Module) -> Iterator[None]:
+    """Disable the adapter, whose parameters stay trainable.
+
+    PEFT freezes them meanwhile. FSDP2 exchanges parameter objects during the forward pass, so that PEFT would thaw
+    others than it froze.
+    """
+    trainable = [value for value in policy.parameters() if value.requires_grad]
+    with policy.disable_adapter():  # type: ignore[operator]
+        for value in trainable:
+            value.requires_grad_(True)
+        yield
 
 
 def _frozen(model: nn.Module) -> nn.Module:

@@ -82,3 +82,24 @@ def gradient_exchange(accelerator: Any, model: nn.Module, *, ends_step: bool) ->
 def backward_keywords(accelerator: Any) -> dict[str, Any]:
     """Return what `accelerator.backward` must be told: a step's loss is never to be divided by its accumulation."""
     return {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+
+@contextmanager
+def whole_state_dict(accelerator: Any) -> Iterator[None]:
+    """Have transformers save an FSDP2 model whole, whatever accelerate's `state_dict_type` says of checkpoints.
+
+    With the default, `SHARDED_STATE_DICT`, it would save no weights at all, and not say so.
+
+    Args:
+        accelerator: The trainer's.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        yield
+        return
+    kept = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.set_state_dict_type(kept)
