@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,13 @@ from torch import nn
 
 from shoal import GRPOConfig
 from shoal.errors import ConfigError
-from shoal.trainer.sharding import backward_keywords, check_sharding, gradient_exchange, whole_state_dict
+from shoal.trainer.sharding import (
+    backward_keywords,
+    check_precision,
+    check_sharding,
+    gradient_exchange,
+    whole_state_dict,
+)
 
 
 class FakeEngine:
@@ -94,6 +101,15 @@ def test_layers_split_over_processes_are_refused() -> None:
     )
     with pytest.raises(ConfigError, match="tp_size=2 splits layers"):
         check_sharding(accelerator)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "precision", "fits"), [(False, "bf16", False), (True, "bf16", True), (False, "no", True)]
+)
+def test_a_precision_that_the_settings_do_not_know_is_refused(bf16: bool, precision: str, fits: bool) -> None:
+    accelerator, args = SimpleNamespace(mixed_precision=precision), SimpleNamespace(bf16=bf16, fp16=False)
+    with nullcontext() if fits else pytest.raises(ConfigError, match="mixed_precision is bf16, but bf16=False"):
+        check_precision(accelerator, args)
 
 
 def test_a_model_is_saved_whole_and_checkpoints_stay_in_parts() -> None:

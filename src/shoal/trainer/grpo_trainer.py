@@ -60,7 +60,13 @@ from shoal.trainer.progress import print_start_progress
 from shoal.trainer.record import RunRecord
 from shoal.trainer.reference import ReferencePolicy
 from shoal.trainer.rollouts import Rollouts
-from shoal.trainer.sharding import backward_keywords, check_sharding, gradient_exchange, whole_state_dict
+from shoal.trainer.sharding import (
+    backward_keywords,
+    check_precision,
+    check_sharding,
+    gradient_exchange,
+    whole_state_dict,
+)
 from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread, to_device
 from shoal.trainer.step_log import StepLog
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
@@ -175,6 +181,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
         check_sharding(self.accelerator)
+        check_precision(self.accelerator, args)
         if self._reference is not None:
             self._reference.shard(self.accelerator)
         self._max_tokens: int | None = None  # found in the first step: a divided model is tried by all ranks together

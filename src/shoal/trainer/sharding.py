@@ -47,6 +47,24 @@ def check_sharding(accelerator: Any) -> None:
         )
 
 
+def check_precision(accelerator: Any, args: Any) -> None:
+    """Refuse to train in another precision than the settings, and with them the engines, know of.
+
+    Args:
+        accelerator: The trainer's, made.
+        args: The settings.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    precision = accelerator.mixed_precision
+    if precision in ("bf16", "fp16") and not getattr(args, precision):
+        raise ConfigError(
+            f"accelerate's mixed_precision is {precision}, but {precision}=False: training would be in {precision} all "
+            f"the same, and engines in another type. Set {precision}=True, or mixed_precision to no."
+        )
+
+
 @contextmanager
 def gradient_exchange(accelerator: Any, model: nn.Module, *, ends_step: bool) -> Iterator[None]:
     """Run one micro-batch's forward and backward pass with the ranks' gradients exchanged when they should be.
