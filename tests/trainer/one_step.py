@@ -149,6 +149,8 @@ class OneStepTrainer(ReferenceTrainer):
             if settings.get("cpu_offload"):
                 settings["cpu_offload"] = CPUOffloadPolicy(pin_memory=False)  # there is no GPU to pin it for
             plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
+            if self.accelerator.mixed_precision != "no":
+                plugin.set_mixed_precision(self.accelerator.mixed_precision)
             self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = plugin
             self.is_fsdp_enabled = True

@@ -269,8 +269,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         ref_logprobs = None
         if self._reference is not None:
             reference, context = self._reference.model(model, self.accelerator.unwrap_model(model))
-            # A copy is not wrapped by accelerate, so it would not compute in the policy's precision by itself.
-            with torch.no_grad(), context, self.accelerator.autocast():
+            with torch.no_grad(), context:
                 ref_logprobs = packed_logprobs(
                     reference, inputs, temperature=temperature, keeps_logits=self._keeps_logits
                 ).logprobs

@@ -28,6 +28,7 @@ class ReferencePolicy:
         self._is_adapter = hasattr(policy, "peft_config")
         self._copy = None if self._is_adapter else _frozen(_second(policy, reload))
         self._is_placed = False
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def shard(self, accelerator: Any) -> None:
         """Divide the copy among the ranks if the policy will be. Collective, and only before the first use.
@@ -47,6 +48,10 @@ class ReferencePolicy:
 
             self._copy = fsdp2_prepare_model(accelerator, self._copy)
             self._is_placed = True
+        else:
+            # accelerate does not wrap the copy, so it would not compute in the policy's precision by itself. The
+            # other two do, and would compute a little otherwise than the policy under autocast.
+            self._autocast = accelerator.autocast
 
     def model(self, policy: nn.Module, unwrapped: nn.Module) -> tuple[nn.Module, AbstractContextManager[Any]]:
         """Return the model to call and the context to call it in."""
@@ -54,7 +59,7 @@ class ReferencePolicy:
             return policy, _without_adapter(unwrapped)
         if not self._is_placed:
             self._copy = self._copy.to(next(unwrapped.parameters()).device)
-        return self._copy, nullcontext()
+        return self._copy, self._autocast()
 
 
 def _second(policy: nn.Module, reload: Callable[[], nn.Module] | None) -> nn.Module:
