@@ -116,7 +116,9 @@ def load_script() -> Callable[[str], ModuleType]:
 def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a script of this folder to its end, in one process or in several of one gloo group."""
 
-    def run(name: str, *arguments: object, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
+    def run(
+        name: str, *arguments: object, num_processes: int = 1, timeout_s: float = SCRIPT_TIMEOUT_S
+    ) -> subprocess.CompletedProcess[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
         return subprocess.run(
             [
@@ -128,7 +130,7 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
-            timeout=SCRIPT_TIMEOUT_S,
+            timeout=timeout_s,
         )
 
     return run

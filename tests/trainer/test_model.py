@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import nn
 
 from shoal import GRPOConfig
 from shoal.errors import ConfigError
 from shoal.testing import tiny_model, tiny_tokenizer
 from shoal.trainer.model import (
-    ReferencePolicy,
-    add_adapter,
     compute_dtype,
     context_length,
     is_sharded,
@@ -65,28 +62,6 @@ def test_dropout_is_turned_off_on_request_only(disabled: bool) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3))
     prepared = load_policy(model, config(disable_dropout=disabled))
     assert prepared.get_submodule("1").p == (0.0 if disabled else 0.3)  # type: ignore[comparison-overlap]
-
-
-def test_a_references_weights_stay_when_the_policy_is_trained() -> None:
-    policy = tiny_model()
-    reference = ReferencePolicy(policy)
-    with torch.no_grad():
-        policy.lm_head.weight += 1.0
-    model, _ = reference.model(policy, policy)
-    assert torch.equal(model.get_parameter("model.embed_tokens.weight"), tiny_model().lm_head.weight)
-    assert not any(value.requires_grad for value in model.parameters()) and not model.training
-
-
-def test_an_adapters_reference_is_the_model_below_it() -> None:
-    ids = torch.tensor([[5, 6, 7]])
-    policy: Any = add_adapter(tiny_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False), config())
-    model, context = ReferencePolicy(policy).model(policy, policy)
-    with torch.no_grad():
-        with context:
-            reference = model(input_ids=ids).logits
-        trained = policy(input_ids=ids).logits
-        assert torch.equal(reference, tiny_model()(input_ids=ids).logits)
-    assert not torch.equal(trained, reference)
 
 
 def test_a_completion_ends_at_every_token_that_the_tokenizer_or_the_model_names() -> None:

@@ -24,16 +24,21 @@ class ReferenceTrainer(GRPOTrainer):
     """Writes its rollouts with transformers, from the very weights that are trained, so that a publish is nothing."""
 
     def _start_rollouts(self) -> Rollouts:
-        model = self.accelerator.unwrap_model(self.model)
-        return cast(
-            Rollouts, _ReferenceRollouts(model, decode=make_decoder(self.processing_class), score=self._score_group)
-        )
+        return reference_rollouts(self, self.accelerator.unwrap_model(self.model))
 
     def _make_sources(self) -> Sources:
         return {}
 
     def _make_publisher(self, sources: Sources, rollouts: Rollouts | None) -> WeightPublisher:
         return cast(WeightPublisher, _NoPublisher())
+
+
+def reference_rollouts(trainer: GRPOTrainer, model: Any) -> Rollouts:
+    """Return what stands in for a trainer's engines and writes with `model`, which no rank may hold in parts."""
+    return cast(
+        Rollouts,
+        _ReferenceRollouts(model, decode=make_decoder(trainer.processing_class), score=trainer._score_group),
+    )
 
 
 class _ReferenceRollouts:

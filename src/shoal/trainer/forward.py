@@ -46,14 +46,20 @@ def packed_logprobs(
 
 
 @torch.no_grad()
-def packs_exactly(model: nn.Module) -> bool:
+def packs_exactly(model: nn.Module, *, wrapped: nn.Module | None = None, device: torch.device | None = None) -> bool:
     """Whether the (unwrapped) model keeps packed sequences apart.
 
     Found out by trying: models with recurrent states, with positions of their own, or with attention that transformers
     does not mask may let a sequence see the one before it, silently. The second of two packed sequences must not change
     with the first, and must be what it is alone.
+
+    Args:
+        model: A causal language model, unwrapped.
+        wrapped: What to call in its place; a sharded model is called by all ranks together.
+        device: Where inputs go; that of the parameters by default.
     """
-    device = next(model.parameters()).device
+    call = model if wrapped is None else wrapped
+    device = device or next(model.parameters()).device
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     first, other, second = (
         (torch.arange(length, device=device) * step + step) % vocabulary
@@ -62,18 +68,18 @@ def packs_exactly(model: nn.Module) -> bool:
 
     def logits_of_second(before: list[torch.Tensor]) -> torch.Tensor:
         positions = [torch.arange(len(ids), device=device) for ids in (*before, second)]
-        output = model(
+        output = call(
             input_ids=torch.cat([*before, second])[None], position_ids=torch.cat(positions)[None], use_cache=False
         )
         found: torch.Tensor = output.logits[0, -len(second) :].float()
         return found
 
-    was_training = model.training
-    model.eval()
+    was_training = call.training
+    call.eval()
     try:
         packed, changed, alone = logits_of_second([first]), logits_of_second([other]), logits_of_second([])
     finally:
-        model.train(was_training)
+        call.train(was_training)
     scale = alone.std()
     leaks = (packed - changed).abs().max() > _NO_INFLUENCE * scale
     differs = (packed - alone).abs().mean() > _SAME_COMPUTATION * scale

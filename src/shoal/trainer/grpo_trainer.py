@@ -47,7 +47,6 @@ from shoal.trainer.forward import packed_logprobs, packs_exactly, takes_logits_t
 from shoal.trainer.groups import num_tokens, training_sequences
 from shoal.trainer.judge import Judge
 from shoal.trainer.model import (
-    ReferencePolicy,
     add_adapter,
     context_length,
     is_sharded,
@@ -59,7 +58,15 @@ from shoal.trainer.model import (
 )
 from shoal.trainer.progress import print_start_progress
 from shoal.trainer.record import RunRecord
+from shoal.trainer.reference import ReferencePolicy
 from shoal.trainer.rollouts import Rollouts
+from shoal.trainer.sharding import (
+    backward_keywords,
+    check_precision,
+    check_sharding,
+    gradient_exchange,
+    whole_state_dict,
+)
 from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread, to_device
 from shoal.trainer.step_log import StepLog
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
@@ -136,7 +143,11 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             model_bytes=num_parameter_bytes(policy),
             saves_optimizer=args.save_strategy != "no" and not args.save_only_model,
         )
-        self._reference = ReferencePolicy(policy) if args.beta > 0 else None
+        self._reference = (
+            ReferencePolicy(policy, reload=(lambda: load_policy(model, args)) if isinstance(model, str) else None)
+            if args.beta > 0
+            else None
+        )
         self._keeps_logits = takes_logits_to_keep(policy)
         self._stop_token_ids = stop_token_ids(policy, tokenizer)
         self._objective = objective_settings(args)
@@ -170,14 +181,13 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         # The loss carries the step's one denominator; transformers must not divide it again.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
-        self._max_tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * self._max_sequence()
-        if not is_sharded(policy) and not packs_exactly(policy):
-            logger.warning(
-                "%s lets packed sequences see one another, so each sequence gets a forward pass of its own. "
-                "That is right but slow.",
-                type(policy).__name__,
-            )
-            self._max_tokens = 1
+        check_sharding(self.accelerator)
+        check_precision(self.accelerator, args)
+        if self._reference is not None:
+            self._reference.shard(self.accelerator)
+        self._max_tokens: int | None = None  # found in the first step: a divided model is tried by all ranks together
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(policy)):
+            self._max_tokens = self._token_budget(self._exchange.json(lambda: packs_exactly(policy)))
         self.add_callback(_StepEnd(self))
 
     # ---- what transformers calls ----
@@ -216,6 +226,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         ticks = list(itertools.islice(epoch_iterator, num_batches))
         if not ticks:
             return [], None
+        if self._max_tokens is None:
+            self._max_tokens = self._token_budget(self._packs_in_parts())
         self._engines.refresh(self.state.global_step, always=False)
         sequences = self._exchange.sequences(self._engines.during(self._write_step))
         self._step_is_empty = not any(sequence.in_loss for sequence in sequences)
@@ -232,17 +244,18 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: list[MicroBatch], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run forward and backward on each micro-batch; gradients are exchanged in the last one only."""
+        """Run forward and backward on each micro-batch; how gradients are exchanged, see `gradient_exchange`."""
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
         total = torch.zeros((), device=self.args.device)
+        ends_step = self.accelerator.sync_gradients  # as transformers has set it for the whole call
         for index, micro_batch in enumerate(inputs):
-            is_last = index == len(inputs) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            is_last = ends_step and index == len(inputs) - 1
+            with gradient_exchange(self.accelerator, model, ends_step=is_last):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, to_device(micro_batch, self.args.device))
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss, **backward_keywords(self.accelerator))
             total += loss.detach()
         return total
 
@@ -263,8 +276,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         ref_logprobs = None
         if self._reference is not None:
             reference, context = self._reference.model(model, self.accelerator.unwrap_model(model))
-            # A copy is not wrapped by accelerate, so it would not compute in the policy's precision by itself.
-            with torch.no_grad(), context, self.accelerator.autocast():
+            with torch.no_grad(), context:
                 ref_logprobs = packed_logprobs(
                     reference, inputs, temperature=temperature, keeps_logits=self._keeps_logits
                 ).logprobs
@@ -296,6 +308,11 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             source = _prompt_source(eval_dataset, self.processing_class, self._max_prompt_tokens(), self.args)
         if source is None:
             raise ConfigError("evaluate() needs an eval_dataset. Pass one, here or to GRPOTrainer.")
+        if self._max_tokens is None and not self.is_in_train:
+            raise ConfigError(
+                "evaluate() before train() has no divided model to publish from: accelerate divides it when training "
+                "begins. Set eval_on_start=True, or evaluate in one process."
+            )
         # Outside of training, whoever holds the model may have changed it since the last publish.
         self._engines.refresh(self.state.global_step, always=not self.is_in_train)
         evaluated = self._engines.during(lambda: self._evaluate_prompts(source))
@@ -322,6 +339,14 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             logger.error("The last step could not be saved: %s", error)
         else:
             logger.warning("Step %d is saved in %s: resume_from_checkpoint=True goes on from there.", step, folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `from_pretrained` reads it. All ranks call it; sharded models are gathered on rank 0.
+
+        Checkpoints made during training are in the form that accelerate's `state_dict_type` says.
+        """
+        with nullcontext() if _internal_call else whole_state_dict(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     def _load_best_model(self) -> None:
         """Load it, and have it published before the engines write again: the step's number does not tell."""
@@ -476,6 +501,24 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self, prompt: Prompt, rollouts: tuple[Rollout, ...], completions: tuple[CompletionLike, ...]
     ) -> ScoredGroup:
         return await self._judge.score(prompt, rollouts, completions, self.state)
+
+    def _packs_in_parts(self) -> bool:
+        """Whether packed sequences are kept apart by a model that ranks hold in parts. All ranks call it."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        packs = packs_exactly(unwrapped, wrapped=self.model_wrapped, device=self.args.device)
+        return bool(self._exchange.json(lambda: packs))
+
+    def _token_budget(self, packs: bool) -> int:
+        """Return how many tokens a micro-batch may have; 1 leaves one sequence in each."""
+        if packs:
+            given = self.args.max_tokens_per_micro_batch
+            return int(given or self.args.per_device_train_batch_size * self._max_sequence())
+        logger.warning(
+            "%s lets packed sequences see one another, so each sequence gets a forward pass of its own. "
+            "That is right but slow.",
+            type(self.accelerator.unwrap_model(self.model)).__name__,
+        )
+        return 1
 
     def _max_prompt_tokens(self) -> int:
         return self._max_sequence() - int(self.args.max_completion_length)

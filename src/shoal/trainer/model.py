@@ -1,9 +1,7 @@
-"""Load what the user names: the policy, its tokenizer, the adapter, the reference for the KL term."""
+"""Load what the user names: the policy, its tokenizer, the adapter."""
 
 from __future__ import annotations
 
-import copy
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -54,24 +52,6 @@ def add_adapter(model: nn.Module, peft_config: Any, args: GRPOConfig) -> nn.Modu
         wrapped.enable_input_require_grads()
     assert isinstance(wrapped, nn.Module)
     return wrapped
-
-
-class ReferencePolicy:
-    """The policy as it was at the start, for the KL term: the base of an adapter, or a frozen copy.
-
-    Args:
-        policy: The unwrapped policy before its first update.
-    """
-
-    def __init__(self, policy: nn.Module) -> None:
-        self._is_adapter = hasattr(policy, "peft_config")
-        self._copy = None if self._is_adapter else copy.deepcopy(policy).eval().requires_grad_(False)
-
-    def model(self, policy: nn.Module, unwrapped: nn.Module) -> tuple[nn.Module, AbstractContextManager[Any]]:
-        """Return the model to call and the context to call it in."""
-        if self._copy is None:
-            return policy, unwrapped.disable_adapter()  # type: ignore[operator]
-        return self._copy.to(next(unwrapped.parameters()).device), nullcontext()
 
 
 def context_length(config: Any) -> int | None:
@@ -136,8 +116,8 @@ def read_config(model: str | nn.Module, args: GRPOConfig) -> Any:
 
 
 def num_parameter_bytes(model: nn.Module) -> int:
-    """Return the size of all parameters as they lie."""
-    return sum(value.numel() * value.element_size() for value in model.parameters())
+    """Return the size of all parameters as they lie; of those that ZeRO-3 has divided, of the whole."""
+    return sum(int(getattr(value, "ds_numel", value.numel())) * value.element_size() for value in model.parameters())
 
 
 def is_sharded(model: nn.Module) -> bool:
