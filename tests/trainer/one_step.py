@@ -48,7 +48,7 @@ class Case:
         settings: Of the run, besides the common ones.
         moved: Whether the policy has left its reference when the step begins.
         ends: Whether completions may end before they are cut.
-        broken: What is done wrong on purpose: `micro_batch_mean`, `rank_mean`, `drops_one`, or a key of `FAILING`; or None.
+        broken: What is done wrong: `micro_batch_mean`, `rank_mean`, `drops_one`, a key of `FAILING`, or None.
         dtype: Of the weights.
         fsdp2: Entries of the FSDP plugin of accelerate; None for no FSDP.
         lora: Whether an adapter is trained: None, `lora`, or `qlora` over weights of 4 bits.
