@@ -28,6 +28,10 @@ class RewardError(ShoalError):
     """A reward function raised, timed out, or returned something that is not one number per completion."""
 
 
+class RewardTimeoutError(RewardError):
+    """A reward function did not answer in time."""
+
+
 class RolloutFlowError(ShoalError):
     """A `RolloutFlow` did what a conversation does not allow: too many tokens, or none of the policy's."""
 

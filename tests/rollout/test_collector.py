@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -171,8 +172,9 @@ def test_cancelling_the_collection_cancels_everything_in_it() -> None:
 
     async def run() -> None:
         task = asyncio.create_task(collector([engine]).collect(group_request(3, 3)))
-        await asyncio.sleep(0.02)
-        assert engine.running == 9
+        async with asyncio.timeout(30):
+            while engine.running < 9:
+                await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -184,3 +186,38 @@ def test_cancelling_the_collection_cancels_everything_in_it() -> None:
 
 def test_no_prompts_give_no_groups() -> None:
     assert asyncio.run(collector([FakeEngine("e")]).collect(group_request(0, 3))) == ()
+
+
+def test_a_group_is_handed_on_the_moment_it_is_scored() -> None:
+    taken = asyncio.Event()
+
+    class WaitsForTheFirst(FakeEngine):
+        """Its second prompt does not end before the first one's group was taken: else this test would time out."""
+
+        async def generate(self, request: RolloutRequest) -> Rollout:
+            if request.seed >= 1000:
+                await asyncio.wait_for(taken.wait(), timeout=10)
+            return await super().generate(request)
+
+    async def run() -> list[tuple[int, int]]:
+        found = []
+        async for finished in collector([WaitsForTheFirst("e")]).stream(group_request(2, 2)):
+            found.append((finished.place, finished.group.prompt.row))
+            taken.set()
+        return found
+
+    assert asyncio.run(run()) == [(0, 0), (1, 1)]
+
+
+def test_who_stops_reading_ends_what_is_under_way() -> None:
+    engine = FakeEngine("e", delay_s=lambda seed: 0.0 if seed < 1000 else 30.0)
+
+    async def run() -> None:
+        async with aclosing(collector([engine]).stream(group_request(3, 2))) as stream:
+            async for finished in stream:
+                assert finished.place == 0 and engine.running == 4
+                break
+        assert engine.running == 0
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(run())

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from shoal.errors import ConfigError, RewardError
+from shoal.errors import ConfigError, RewardError, RewardTimeoutError
 from shoal.rewards.answers import read_rewards
 from shoal.rewards.failures import describe
 from shoal.rewards.functions import RewardFunction
@@ -91,14 +91,6 @@ class _Group:
             "log_extra": functools.partial(self.log.add_extra, name=function.name, who=self.who(function)),
             "log_metric": functools.partial(self.log.add_metric, who=self.who(function)),
         }
-
-
-class _CallFailedError(RewardError):
-    """A whole call failed; `kind` is that of `RewardFailure`."""
-
-    def __init__(self, message: str, kind: Literal["error", "timeout"] = "error") -> None:
-        super().__init__(message)
-        self.kind: Literal["error", "timeout"] = kind
 
 
 class RewardCaller:
@@ -248,7 +240,7 @@ class RewardCaller:
         except RewardError as error:
             if failures is None:
                 raise
-            kind = error.kind if isinstance(error, _CallFailedError) else "error"
+            kind: Literal["error", "timeout"] = "timeout" if isinstance(error, RewardTimeoutError) else "error"
             failures.append(
                 RewardFailure(function=function.name, kind=kind, samples=tuple(range(count)), message=str(error))
             )
@@ -274,15 +266,14 @@ class RewardCaller:
                 return await self._call_in_worker(self._workers, function, group)
             outcome = await self._call_here(function, group)
         except TimeoutError:
-            raise _CallFailedError(
+            raise RewardTimeoutError(
                 f"{who} did not answer within {self._timeout_s:g} s and was given up on: {self._what_remains(function)}"
-                ". Give it a time limit of its own, or raise the time-out of reward functions if it needs longer.",
-                "timeout",
+                ". Give it a time limit of its own, or raise the time-out of reward functions if it needs longer."
             ) from None
         if isinstance(outcome.error, RewardError):
             raise outcome.error
         if outcome.error is not None:
-            raise _CallFailedError(describe(failure_of(outcome.error), who)) from outcome.error
+            raise RewardError(describe(failure_of(outcome.error), who)) from outcome.error
         return outcome.value
 
     async def _call_here(self, function: RewardFunction, group: _Group) -> Outcome:
@@ -306,7 +297,7 @@ class RewardCaller:
                 {"function": index, "arguments": (), "keywords": keywords, "logs": True}, timeout_s=self._timeout_s
             )
         except WorkerEndedError as error:
-            raise _CallFailedError(
+            raise RewardError(
                 f"{who} did not answer: {error} during the call. Another takes its place; look for what ends a whole "
                 "process, such as os._exit, a crash in native code or the memory running out."
             ) from error
@@ -314,7 +305,7 @@ class RewardCaller:
         for hook, name, value in reply["logs"]:
             loggers[f"log_{hook}"](name, value)
         if (failure := reply["failure"]) is not None:
-            failed = _CallFailedError(describe(failure, who))
+            failed = RewardError(describe(failure, who))
             failed.add_note(failure["trace"])
             raise failed
         return reply["value"]

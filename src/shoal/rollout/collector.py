@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from shoal.protocols import RolloutFlow
@@ -19,6 +21,14 @@ Score = Callable[[Prompt, tuple[Rollout, ...], tuple[CompletionLike, ...]], Awai
 
 Seed = Callable[[Prompt, int], int]
 """Seed of the n-th sample of a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedGroup:
+    """A scored group, and which of the requested prompts it is of."""
+
+    place: int
+    group: ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +74,34 @@ class RolloutCollector:
             RewardError: A reward function failed.
             RolloutFlowError: The flow did what it must not. In all cases everything under way is cancelled.
         """
+        groups: dict[int, ScoredGroup] = {}
+        async with aclosing(self.stream(request)) as stream:
+            async for finished in stream:
+                groups[finished.place] = finished.group
+        return tuple(groups[place] for place in range(len(request.prompts)))
+
+    async def stream(self, request: GroupRequest) -> AsyncGenerator[FinishedGroup, None]:
+        """Yield one scored group for each prompt, each the moment it is scored.
+
+        Close it (`contextlib.aclosing`) where it may not be read to its end: that cancels what is under way.
+
+        Raises:
+            EngineError, RewardError, RolloutFlowError: As for `collect`.
+        """
+        finished: asyncio.Queue[asyncio.Task[ScoredGroup]] = asyncio.Queue()
         async with self._pool.watching():
-            return await gather_or_cancel(self._collect_group(prompt, request) for prompt in request.prompts)
+            tasks = [asyncio.create_task(self._collect_group(prompt, request)) for prompt in request.prompts]
+            places = {task: place for place, task in enumerate(tasks)}
+            for task in tasks:
+                task.add_done_callback(finished.put_nowait)
+            try:
+                for _ in tasks:
+                    task = await finished.get()
+                    yield FinishedGroup(places[task], task.result())
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _collect_group(self, prompt: Prompt, request: GroupRequest) -> ScoredGroup:
         group = self._pool.new_group()

@@ -15,7 +15,7 @@ def token_weights(completion_lengths: npt.NDArray[np.int64], in_loss: npt.NDArra
     Equation 12 of https://arxiv.org/abs/2503.14476.
 
     Args:
-        completion_lengths: `[S]` int64, of all sequences of the step.
+        completion_lengths: `[S]` int64, of all sequences of the step: tokens that the policy wrote.
         in_loss: `[S]` bool.
     """
     counts = in_loss & (completion_lengths > 0)
