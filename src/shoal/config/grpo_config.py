@@ -142,7 +142,8 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
             rule(self)
         if self.bf16 is None:
             # `accelerate launch` hands its mixed_precision over so; "no" is also what it says if nobody chose.
-            self.fp16 = self.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
+            if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+                self.fp16 = True
             self.bf16 = not self.fp16 and not _trains_on_cpu(self) and is_torch_bf16_gpu_available()
         super().__post_init__()
         # One process trains on one GPU. Without this, a plain `python train.py` would wrap the model in
