@@ -80,6 +80,7 @@ class Fleet:
                     log_path=process.log_path,
                     request_timeout_s=request_timeout_s,
                     model=spec.request_model,
+                    has_plugin=True,
                 )
                 engines.append(ManagedEngine(process=process, client=client))
                 fleet.engines = tuple(engines)
