@@ -25,6 +25,8 @@ _PLAIN_ON_CUDA = frozenset({"UnquantizedLinearMethod", "UnquantizedEmbeddingMeth
 # swaps the halves of w13 and FlashInfer TRTLLM shuffles rows, both without a change of shape in some release.
 _PLAIN_EXPERTS_ON_CUDA = frozenset({"TRITON", "BATCHED_TRITON"})
 
+_CORE_TITLES = ("VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator")
+
 # What `--max-lora-rank` takes (read in 0.26 and 0.32).
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -65,6 +67,11 @@ def serve_arguments(model: str) -> list[str]:
     except importlib.metadata.PackageNotFoundError:
         return ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
     return ["-m", "vllm.entrypoints.cli.main", "serve", model]
+
+
+def computes(command_line: str) -> bool:
+    """Whether this is how a process that schedules or computes calls itself, rather than one that talks to clients."""
+    return command_line.startswith(_CORE_TITLES)
 
 
 async def pause(engine: Any) -> None:

@@ -41,8 +41,9 @@ class ManagedEngine:
 class Fleet:
     """Engines that were started together and end together. Use as a context manager, or call `close`."""
 
-    def __init__(self, engines: Sequence[ManagedEngine]) -> None:
+    def __init__(self, engines: Sequence[ManagedEngine], api_key: str = "") -> None:
         self.engines = tuple(engines)
+        self.api_key = api_key
         self._ended: set[str] = set()
 
     @classmethod
@@ -69,7 +70,7 @@ class Fleet:
         """
         api_key = secrets.token_hex(32)
         engines: list[ManagedEngine] = []
-        fleet = cls(())
+        fleet = cls((), api_key)
         try:
             for spec in specs:
                 process = EngineProcess(spec, api_key, log_dir / f"{spec.name}.log")
