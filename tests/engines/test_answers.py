@@ -82,7 +82,7 @@ def test_no_text_makes_what_engines_say_of_weights_raise_anything_else(kind: Any
 @given(st.data())
 @pytest.mark.parametrize("kind", [SlicePlan, Agreement])
 def test_no_value_in_them_makes_them_raise_anything_else(kind: Any, data: st.DataObject) -> None:
-    fields = [name for name in kind.__dataclass_fields__]
+    fields = list(kind.__dataclass_fields__)
     entries = {name: data.draw(json_values, name) for name in fields}
     with suppress(ValueError):
         kind.from_json(json.dumps(entries))

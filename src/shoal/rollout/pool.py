@@ -375,7 +375,9 @@ class EnginePool:
         ticket.target = move.target
         seat = self._seats[move.source]
         try:
-            await asyncio.wait_for(seat.engine.cut(ticket.attempt.get_name()), _REPORT_TIMEOUT_S)
+            # Not `asyncio.wait_for`: in Python 3.11 it forgets that it was cancelled when what it waits for is done.
+            async with asyncio.timeout(_REPORT_TIMEOUT_S):
+                await seat.engine.cut(ticket.attempt.get_name())
         except EngineFaultError as error:
             logger.info("%s was not told to hand over a sample: %s", seat.engine.name, error)
         except (EngineRequestError, TimeoutError) as error:
@@ -393,7 +395,8 @@ class EnginePool:
         limit_s = min(_REPORT_TIMEOUT_S, self._settings.stall_s)
         asked_at = time.monotonic()
         try:
-            report: EngineReport = await asyncio.wait_for(seat.engine.report(), limit_s)
+            async with asyncio.timeout(limit_s):
+                report: EngineReport = await seat.engine.report()
         except (EngineFaultError, TimeoutError) as error:
             self._happens(index, Event.FAILED)
             why = str(error) or f"no report within {limit_s:g} s"
