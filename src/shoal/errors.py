@@ -53,7 +53,16 @@ class EngineRequestError(EngineError):
 
 
 class EngineFaultError(EngineRequestError):
-    """The engine itself is at fault: gone, silent, broken or talking nonsense. Another may well do what was asked."""
+    """The engine itself is at fault: gone, silent, broken or talking nonsense. Another may well do what was asked.
+
+    Args:
+        message: What happened.
+        partial: The `Rollout` that was received until then, if the engine was writing one and sends as it writes.
+    """
+
+    def __init__(self, message: str, *, partial: object = None) -> None:
+        super().__init__(message)
+        self.partial = partial
 
 
 class WeightSyncError(ShoalError):

@@ -25,8 +25,13 @@ class RolloutEngine(Protocol):
 
         Raises:
             EngineRequestError: The request cannot be answered, by this engine or any other.
-            EngineFaultError: The engine failed or answered with something malformed.
+            EngineFaultError: The engine failed or answered with something malformed. It carries what had been
+                received, of an engine that sends as it writes.
         """
+        ...
+
+    def written(self, name: str) -> Rollout | None:
+        """Return what has been received so far of the request of this name; None where nothing has."""
         ...
 
     async def cut(self, name: str) -> None:

@@ -5,10 +5,12 @@ Everything is imported on use: the trainer imports this module in processes wher
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -22,6 +24,8 @@ _PLAIN_ON_CUDA = frozenset({"UnquantizedLinearMethod", "UnquantizedEmbeddingMeth
 # Backends for unquantised experts that on CUDA use w13 and w2 as loaded (read in the same releases). FlashInfer CUTLASS
 # swaps the halves of w13 and FlashInfer TRTLLM shuffles rows, both without a change of shape in some release.
 _PLAIN_EXPERTS_ON_CUDA = frozenset({"TRITON", "BATCHED_TRITON"})
+
+_CORE_TITLES = ("VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator")
 
 # What `--max-lora-rank` takes (read in 0.26 and 0.32).
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -65,9 +69,103 @@ def serve_arguments(model: str) -> list[str]:
     return ["-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
+def computes(command_line: str) -> bool:
+    """Whether this is how a process that schedules or computes calls itself, rather than one that talks to clients."""
+    return command_line.startswith(_CORE_TITLES)
+
+
 async def pause(engine: Any) -> None:
     """Have an engine, given as the server's client of it, stop before its next step; requests keep their place."""
     await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of a completion that follow those before; `finish_reason` is vLLM's word with the last ones."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    finish_reason: str | None
+
+
+Pieces: TypeAlias = AsyncIterator[Piece]
+
+
+def sampling_params(sampling: Mapping[str, Any], *, seed: int, flush_tokens: int) -> Any:
+    """Return vLLM's sampling parameters for one completion of which nothing but ids and logprobs is wanted.
+
+    Args:
+        sampling: By vLLM's names.
+        seed: Of this completion.
+        flush_tokens: Tokens to be handed over together; 0 for all of them at the end, as it is in releases that have
+            no interval of a single request.
+
+    Raises:
+        Exception: vLLM does not take them, see `is_refusal`.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    fields = SamplingParams.__struct_fields__
+    # One list of floats instead of a dictionary with an object for each token.
+    options: dict[str, Any] = {"flat_logprobs": True} if "flat_logprobs" in fields else {}
+    if flush_tokens and "stream_interval" in fields:
+        options |= {"stream_interval": flush_tokens, "output_kind": RequestOutputKind.DELTA}
+    else:
+        options |= {"output_kind": RequestOutputKind.FINAL_ONLY}
+    return SamplingParams(n=1, seed=seed, logprobs=0, detokenize=False, **options, **sampling)
+
+
+async def write(engine: Any, token_ids: list[int], params: Any, *, name: str, adapter: Any, cache_salt: str) -> Pieces:
+    """Have an engine, given as the server's client of it, write one completion. Closing the iterator aborts it."""
+    prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
+    if cache_salt:
+        prompt["cache_salt"] = cache_salt
+    if _takes_rendered_prompts():
+        prompt["type"] = "token"
+    outputs = engine.generate(prompt, params, name, lora_request=adapter)
+    async with aclosing(outputs):
+        async for output in outputs:
+            (completion,) = output.outputs
+            yield Piece(completion.token_ids, _sampled_logprobs(completion), completion.finish_reason)
+
+
+def adapter_request(state: Any, model: str) -> Any:
+    """Return how to ask the engine of a server for a served model: its adapter of this name, or None for the base.
+
+    Raises:
+        ValueError: The server serves no such model.
+    """
+    models = state.openai_serving_models
+    if model in models.lora_requests:
+        return models.lora_requests[model]
+    if not models.is_base_model(model):
+        raise ValueError(f"no model {model!r} is served here")
+    return None
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether it is the request that is wrong, rather than the engine."""
+    import vllm.exceptions
+
+    return isinstance(error, (ValueError, getattr(vllm.exceptions, "VLLMClientError", ValueError)))
+
+
+@functools.cache
+def _takes_rendered_prompts() -> bool:
+    """Whether prompts that are token ids may skip vLLM's rendering of prompts (0.32 warns that they must)."""
+    try:
+        from vllm.inputs.engine import TokensInput
+    except ImportError:
+        return False
+    return "type" in TokensInput.__annotations__
+
+
+def _sampled_logprobs(completion: Any) -> Sequence[float]:
+    values = completion.logprobs
+    if hasattr(values, "start_indices"):
+        return [values.logprobs[place] for place in values.start_indices]
+    return [entry[token].logprob for token, entry in zip(completion.token_ids, values or (), strict=True)]
 
 
 def worker_model(worker: Any) -> nn.Module:

@@ -6,6 +6,7 @@ wait. While they do, the engines' routes, sockets and command lines are looked a
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -13,17 +14,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
+from shoal.engines.client import EngineClient
 from shoal.engines.command import EngineSpec
 from shoal.engines.fleet import Fleet
 from shoal.engines.process import choose_ports
-from shoal.errors import EngineStartError
+from shoal.errors import EngineFaultError, EngineRequestError, EngineStartError
+from shoal.types import Rollout, RolloutRequest, SamplingSettings
 from shoal.vllm_plugin.gate import KEY_VARIABLE
 
 pytestmark = pytest.mark.engine
@@ -133,7 +137,7 @@ def test_every_route_of_a_real_engine_refuses_whoever_does_not_have_the_key(trai
     for path in ("/pause", "/resume", "/update_weights", "/init_weight_transfer_engine", "/collective_rpc", "/sleep"):
         assert ("POST", path) in routes
     assert len(routes) > 30
-    routes.add(("POST", "/shoal/receive"))  # Shoal's own, which the engine does not list
+    routes |= {("POST", "/shoal/receive"), ("POST", "/shoal/generate")}  # Shoal's own, which the engine does not list
     with httpx.Client(base_url=trainer.url, timeout=10, trust_env=False) as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {trainer.key[:-1]}"}):
             for method, path in sorted(routes):
@@ -180,6 +184,117 @@ def test_nothing_of_a_real_engine_listens_beyond_loopback(trainers: dict[str, Tr
     }
     assert {trainer.port for trainer in trainers.values()} <= {port for _, port in listening}
     assert {ip for ip, _ in listening} <= LOOPBACK
+
+
+# ---- completions by our own route ----
+
+
+def client_to(trainer: Trainer, *, has_plugin: bool) -> EngineClient:
+    return EngineClient(
+        name="e", url=trainer.url, api_key=trainer.key, log_path=None, request_timeout_s=60, has_plugin=has_plugin
+    )
+
+
+def asked(seed: int, temperature: float = 1.0, *, prompt: int = 0, name: str = "", most: int = 100) -> RolloutRequest:
+    ids = tuple(3 + (prompt * 29 + 7 * place) % 250 for place in range(12))
+    sampling = SamplingSettings(temperature=temperature, max_tokens=most, stop_token_ids=(17,))
+    return RolloutRequest(prompt_token_ids=ids, seed=seed, sampling=sampling, name=name)
+
+
+async def running_now(client: EngineClient, number: int) -> None:
+    """Wait until the engine says that it writes so many completions."""
+    async with asyncio.timeout(30):
+        while (await client.report()).running != number:
+            await asyncio.sleep(0.05)
+
+
+def test_our_own_route_writes_what_vllms_route_writes_token_for_token(trainers: dict[str, Trainer]) -> None:
+    requests = [asked(seed, temperature, prompt=seed % 3) for seed in range(8) for temperature in (0.0, 0.7, 1.0)]
+
+    async def run() -> tuple[list[Rollout], list[Rollout]]:
+        ours, stock = (client_to(trainers["normal"], has_plugin=has_plugin) for has_plugin in (True, False))
+        try:
+            return (
+                await asyncio.gather(*map(ours.generate, requests)),
+                await asyncio.gather(*map(stock.generate, requests)),
+            )
+        finally:
+            await ours.aclose()
+            await stock.aclose()
+
+    ours, stock = asyncio.run(run())
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert mine.token_ids.tolist() == theirs.token_ids.tolist()
+        # Of the same engine, but of batches that were put together otherwise.
+        np.testing.assert_allclose(mine.rollout_logprobs, theirs.rollout_logprobs, atol=1e-4)
+        assert mine.finish_reason == theirs.finish_reason
+    assert {rollout.finish_reason for rollout in ours} == {"stop", "length"}
+    assert len({str(rollout.token_ids) for rollout in ours}) > 12  # a mix-up would show
+
+
+def test_a_real_engine_hands_over_what_it_has_and_frees_the_slots_of_those_who_leave(
+    trainers: dict[str, Trainer],
+) -> None:
+    async def run() -> None:
+        client = client_to(trainers["normal"], has_plugin=True)
+        try:
+            whole = await client.generate(asked(5, most=110))
+            long = asyncio.create_task(client.generate(asked(5, name="long", most=110)))
+            other = asyncio.create_task(client.generate(asked(6, name="other", most=110)))
+            await running_now(client, 2)
+            await client.cut("long")
+            part = await long
+            assert part.finish_reason == "cut" and len(part.token_ids) < len(whole.token_ids)
+            assert part.token_ids.tolist() == whole.token_ids[: len(part.token_ids)].tolist()
+            await other
+            tasks = [asyncio.create_task(client.generate(asked(seed, most=110))) for seed in range(3)]
+            await running_now(client, 3)
+            tasks[0].cancel()
+            await running_now(client, 2)
+            for task in tasks:
+                task.cancel()
+            await running_now(client, 0)
+            gone = client_to(trainers["normal"], has_plugin=True)
+            task = asyncio.create_task(gone.generate(asked(7, most=110)))
+            await running_now(client, 1)
+            await gone._async.aclose()  # as if its process were gone: the connection breaks
+            await running_now(client, 0)
+            await asyncio.gather(task, *tasks, return_exceptions=True)
+        finally:
+            await client.aclose()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b"[" * 100_000, b'{"model":"policy","salt":"","flush_tokens":1,"prompts":[[]],"samples":[]}']
+)
+def test_a_malformed_order_gets_a_400_from_a_real_engine(body: bytes, trainers: dict[str, Trainer]) -> None:
+    headers = {"Authorization": f"Bearer {trainers['normal'].key}"}
+    url = f"{trainers['normal'].url}/shoal/generate"
+    answer = httpx.post(url, content=body, headers=headers, timeout=10, trust_env=False)
+    assert answer.status_code == 400 and "error" in answer.json()
+
+
+def test_a_real_engine_refuses_one_sample_and_writes_the_others(trainers: dict[str, Trainer]) -> None:
+    requests = [
+        asked(1),
+        replace(asked(2), prompt_token_ids=(5, 100_000)),
+        replace(asked(3), prompt_token_ids=(5,) * 200),
+    ]
+
+    async def run() -> list[Rollout | BaseException]:
+        client = client_to(trainers["normal"], has_plugin=True)
+        try:
+            return await asyncio.gather(*map(client.generate, requests), return_exceptions=True)
+        finally:
+            await client.aclose()
+
+    fine, unknown, long = asyncio.run(run())
+    assert isinstance(fine, Rollout)
+    for refused, says in ((unknown, "vocabulary"), (long, "maximum model length")):
+        assert isinstance(refused, EngineRequestError) and not isinstance(refused, EngineFaultError)
+        assert says in str(refused)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from shoal.errors import EngineError, EngineFaultError, EngineRequestError, NoEngineError
 from shoal.rollout.dispatch import DispatchSettings
 from shoal.rollout.health import State
+from shoal.rollout.parts import go_on
 from shoal.rollout.pool import EnginePool, PoolSettings
 from shoal.testing import FakeEngine
 from shoal.types import EngineReport, Rollout, RolloutRequest, SamplingSettings
@@ -493,6 +494,66 @@ def test_whatever_dies_whenever_every_sample_comes_once_while_one_engine_lives(
 
     for i, (size, rollouts) in enumerate(zip(sizes, asyncio.run(run()), strict=True)):
         assert_exactly(rollouts, range(100 * i, 100 * i + size))
+
+
+class Streaming(FakeEngine):
+    """Sends the first half of each completion as it writes, and then dies or freezes."""
+
+    def __init__(self, name: str, fate: str) -> None:
+        super().__init__(name)
+        self._fate = fate
+        self._sent: dict[str, Rollout] = {}
+
+    def written(self, name: str) -> Rollout | None:
+        return self._sent.get(name)
+
+    async def report(self) -> EngineReport:
+        if self._fate == "frozen":
+            await asyncio.sleep(3600)
+        return await super().report()
+
+    async def generate(self, request: RolloutRequest) -> Rollout:
+        whole = await super().generate(request)
+        half = len(whole.token_ids) // 2
+        part = replace(
+            whole,
+            token_ids=whole.token_ids[:half],
+            rollout_logprobs=whole.rollout_logprobs[:half],
+            finish_reason="cut",
+        )
+        self._sent[request.name] = part
+        try:
+            if self._fate == "killed":
+                raise EngineFaultError("the connection broke", partial=part)
+            await asyncio.sleep(3600)
+            raise AssertionError
+        finally:
+            del self._sent[request.name]
+
+
+@pytest.mark.parametrize("fate", ["killed", "frozen"])
+def test_what_a_lost_engine_had_sent_is_kept_and_only_the_rest_is_written_again(fate: str) -> None:
+    lost, other = Streaming("e0", fate), FakeEngine("e1")
+
+    async def run() -> tuple[Rollout, ...]:
+        pool = pool_of([lost, other], max_in_flight=8, margin=8, stall_s=0.3)
+        async with pool.watching():
+            return await asyncio.wait_for(pool.generate_group(group(0, 4)), 20)
+
+    rollouts = asyncio.run(run())
+    assert len(lost.requests) == len(other.requests) == 4
+    rest_of = {again.seed: again for again in other.requests}
+    for asked, rollout in zip(group(0, 4), rollouts, strict=True):
+        whole = asyncio.run(FakeEngine("e0").generate(asked))
+        half = len(whole.token_ids) // 2
+        part = replace(whole, token_ids=whole.token_ids[:half], rollout_logprobs=whole.rollout_logprobs[:half])
+        expected = go_on(asked, [part], name="x")
+        again = rest_of[expected.seed]
+        assert replace(again, name="x") == expected
+        rest = asyncio.run(FakeEngine("e1").generate(again))
+        assert rollout.token_ids.tolist() == [*part.token_ids.tolist(), *rest.token_ids.tolist()]
+        assert rollout.rollout_logprobs.tolist() == [*part.rollout_logprobs.tolist(), *rest.rollout_logprobs.tolist()]
+        assert (rollout.engine, rollout.finish_reason) == ("e1", rest.finish_reason)
 
 
 def test_the_oldest_step_goes_first() -> None:

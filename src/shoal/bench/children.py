@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,27 @@ class StageError(ShoalError):
     """A stage of the benchmark gave no figures."""
 
 
-def run_children(module: str, arguments: Sequence[Sequence[str]], *, timeout_s: float) -> Any:
+def run_children(
+    module: str,
+    arguments: Sequence[Sequence[str]],
+    *,
+    timeout_s: float,
+    environment: Mapping[str, str] | None = None,
+) -> Any:
     """Run `python -m module` once for each list of arguments, side by side; return what the first one answered.
+
+    Args:
+        module: With a `main` that writes its answer, as JSON, to the file named by its first argument.
+        arguments: Of each, after that one.
+        timeout_s: For all of them.
+        environment: Theirs; None for this process's own, without what a launcher set for this process alone.
 
     Raises:
         StageError: One failed, or they took too long. None is left running.
     """
-    # The children make their own groups: they must not take the launcher's variables for theirs.
-    environment = without_launcher_variables(os.environ) | {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": LOOPBACK}
+    if environment is None:
+        # The children make their own groups: they must not take the launcher's variables for theirs.
+        environment = without_launcher_variables(os.environ) | {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": LOOPBACK}
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         logs = [Path(folder) / f"{index}.log" for index in range(len(arguments))]
         answer = Path(folder) / "answer.json"

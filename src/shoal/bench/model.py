@@ -54,13 +54,22 @@ def parameters_of(settings: BenchSettings) -> tuple[ParameterMeta, ...]:
     return make_source(model).metadata()
 
 
-def write_engine_folder(settings: BenchSettings, folder: Path) -> None:
-    """Write what an engine reads of the model: its configuration, and a tokenizer for prompts that are token ids."""
+def write_engine_folder(settings: BenchSettings, folder: Path, *, has_end: bool = True) -> None:
+    """Write what an engine reads of the model: its configuration, and a tokenizer for prompts that are token ids.
+
+    Args:
+        settings: Which model.
+        folder: Is made.
+        has_end: Whether there is a token that ends a completion; without one, each is as long as it may be.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = qwen3_config(SHAPES[settings.model_shape])
     config.dtype = settings.dtype
+    tokenizer = tiny_tokenizer()
+    if not has_end:
+        config.eos_token_id = tokenizer.eos_token = None
     config.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()

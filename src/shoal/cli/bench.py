@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
     weights.add_argument("--output", type=Path, metavar="FILE", help="default: below benchmarks/results/")
     _add_rollouts_arguments(
-        benchmarks.add_parser("rollouts", help="how near dispatch comes to what no dispatch can beat, by simulation")
+        benchmarks.add_parser(
+            "rollouts", help="tokens/s of engines beside vllm.LLM.generate; --simulate: how good dispatch is"
+        )
     )
 
 
@@ -46,27 +48,46 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: The layout does not fit the machine, or leaves nothing to simulate.
     """
-    return _run_rollouts(args) if args.benchmark == "rollouts" else _run_weights(args)
+    if args.benchmark == "weights":
+        return _run_weights(args)
+    return _run_simulation(args) if args.simulate else _run_throughput(args)
 
 
 def _add_rollouts_arguments(rollouts: argparse.ArgumentParser) -> None:
-    rollouts.add_argument("--simulate", action="store_true", required=True, help="simulate the engines")
+    rollouts.add_argument("--simulate", action="store_true", help="simulate the engines")
+    rollouts.add_argument("--repeats", type=int, metavar="N", help="behind a median (default: 3; simulated: 5)")
+    rollouts.add_argument(
+        "--samples", type=int, metavar="N", help="an engine writes (default: 256); simulated: of a prompt (default: 8)"
+    )
+    rollouts.add_argument("--prompt-tokens", type=int, metavar="N", help="of each (default: 64; simulated: 512)")
+    _add_throughput_arguments(rollouts.add_argument_group("with real engines"))
+    _add_simulation_arguments(rollouts.add_argument_group("with --simulate"))
+
+
+def _add_throughput_arguments(rollouts: argparse._ArgumentGroup) -> None:
+    rollouts.add_argument("--device", choices=("cpu", "cuda"), help="of the engines; must be given")
+    rollouts.add_argument("--model-shape", default="tiny", metavar="SHAPE", help="tiny, 0.6b, 1.7b or 8b of Qwen3")
+    rollouts.add_argument("--tokens", type=int, default=256, metavar="N", help="of each completion (default: 256)")
+    rollouts.add_argument("--group", type=int, default=8, metavar="N", help="completions of a prompt (default: 8)")
+    rollouts.add_argument("--enforce-eager", action="store_true", help="engines without CUDA graphs")
+    rollouts.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
+    rollouts.add_argument("--output", type=Path, metavar="FILE", help="default: below benchmarks/results/")
+
+
+def _add_simulation_arguments(rollouts: argparse._ArgumentGroup) -> None:
     rollouts.add_argument("--engines", type=int, default=64, metavar="N", help="default: 64")
     rollouts.add_argument("--prompts", type=int, default=256, metavar="N", help="of one step (default: 256)")
-    rollouts.add_argument("--samples", type=int, default=8, metavar="N", help="of each prompt (default: 8)")
     rollouts.add_argument("--median", type=float, default=1000, metavar="N", help="tokens of a sample (default: 1000)")
     rollouts.add_argument("--p99", type=float, default=16000, metavar="N", help="the 99th percentile (default: 16000)")
     rollouts.add_argument("--longest", type=int, default=32768, metavar="N", help="where they are cut (default: 32768)")
     rollouts.add_argument(
         "--correlation", type=float, default=0.5, help="of the log lengths of one prompt's samples (default: 0.5)"
     )
-    rollouts.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: 512")
     rollouts.add_argument("--deaths", type=int, default=0, metavar="N", help="engines that die (default: 0)")
     rollouts.add_argument("--stalls", type=int, default=0, metavar="N", help="engines that hang (default: 0)")
     rollouts.add_argument("--stall-s", type=float, default=120, help="until one is given up (default: 120)")
     rollouts.add_argument("--max-in-flight", type=int, default=256, metavar="N", help="the pool's (default: 256)")
     rollouts.add_argument("--affinity-margin", type=int, default=2, metavar="N", help="the pool's (default: 2)")
-    rollouts.add_argument("--repeats", type=int, default=5, metavar="N", help="draws behind a median (default: 5)")
     rollouts.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     rollouts.add_argument("--step-ms", type=float, default=4.0, help="an empty decode step (default: 4)")
     rollouts.add_argument("--sequence-us", type=float, default=16.0, help="what a sequence adds (default: 16)")
@@ -76,7 +97,40 @@ def _add_rollouts_arguments(rollouts: argparse.ArgumentParser) -> None:
     rollouts.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="an engine's (default: 256)")
 
 
-def _run_rollouts(args: argparse.Namespace) -> int:
+def _run_throughput(args: argparse.Namespace) -> int:
+    if args.device is None:
+        raise ConfigError("shoal bench rollouts starts engines. Say where (--device cpu or cuda), or add --simulate.")
+    shape = args.model_shape if args.model_shape in _SHAPES else f"qwen3-{args.model_shape}"
+    if shape not in _SHAPES:
+        raise ConfigError(f"--model-shape {args.model_shape} is none of {', '.join(_SHAPES)}.")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    from shoal.bench.throughput import run_throughput
+    from shoal.bench.throughput_settings import ThroughputSettings, check_throughput
+    from shoal.placement.devices import discover_devices
+
+    devices = tuple(discover_devices()) if args.device == "cuda" else ()
+    settings = ThroughputSettings(
+        model_shape=shape,
+        device=args.device,
+        num_samples=_given(args.samples, 256),
+        num_generations=args.group,
+        tokens=args.tokens,
+        prompt_tokens=_given(args.prompt_tokens, 64),
+        repeats=_given(args.repeats, 3),
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        enforce_eager=args.enforce_eager,
+    )
+    check_throughput(settings, len(devices))
+    run_throughput(settings, devices, args.output)
+    return 0
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _run_simulation(args: argparse.Namespace) -> int:
     from shoal.bench.rollouts import SimulationSettings, check_simulation, run_simulation
     from shoal.bench.simulated_engine import EngineModel
     from shoal.rollout.dispatch import DispatchSettings
@@ -84,16 +138,16 @@ def _run_rollouts(args: argparse.Namespace) -> int:
     settings = SimulationSettings(
         num_engines=args.engines,
         num_prompts=args.prompts,
-        num_generations=args.samples,
+        num_generations=_given(args.samples, 8),
         median_tokens=args.median,
         p99_tokens=args.p99,
         longest_tokens=args.longest,
         correlation=args.correlation,
-        prompt_tokens=args.prompt_tokens,
+        prompt_tokens=_given(args.prompt_tokens, 512),
         num_deaths=args.deaths,
         num_stalls=args.stalls,
         stall_s=args.stall_s,
-        repeats=args.repeats,
+        repeats=_given(args.repeats, 5),
         seed=args.seed,
         model=EngineModel(
             step_s=args.step_ms / 1e3,

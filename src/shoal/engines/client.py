@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 
+from shoal.engines.answers import (
+    MOST_METRICS_BYTES,
+    TooLongError,
+    most_json_bytes,
+    parse_completion,
+    parse_json,
+    read_bounded,
+    read_error,
+)
 from shoal.engines.command import SERVED_MODEL_NAME
+from shoal.engines.lean import LeanRoute
 from shoal.engines.vllm_metrics import parse_metrics
 from shoal.errors import EngineFaultError, EngineRequestError
 from shoal.types import UNPROVEN, EngineReport, Rollout, RolloutRequest
@@ -22,6 +30,8 @@ _KEEP_ALIVE_S = 2.0
 _REPORT_TIMEOUT_S = 10.0
 _OVERLOADED = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS)
 _RUNNING_METRIC = "vllm:num_requests_running"
+FLUSH_TOKENS = 64
+"""An engine that dies costs each completion at most this many tokens, and twice as many rarely."""
 
 
 class EngineClient:
@@ -36,6 +46,8 @@ class EngineClient:
         log_path: Named in errors; None for a server that somebody else started.
         request_timeout_s: Longest that one completion may take.
         model: What completions are asked of, such as an adapter that the server serves by that name.
+        has_plugin: Whether the server runs our plugin; completions then come by its own route (decision 11).
+        flush_tokens: With the plugin: tokens of a completion that it sends on together; 0 for whole completions only.
     """
 
     def __init__(
@@ -47,6 +59,8 @@ class EngineClient:
         log_path: Path | None,
         request_timeout_s: float,
         model: str = SERVED_MODEL_NAME,
+        has_plugin: bool = False,
+        flush_tokens: int = FLUSH_TOKENS,
     ) -> None:
         self._name = name
         self._model = model
@@ -65,6 +79,16 @@ class EngineClient:
         # `trust_env=False`: a proxy from the environment must not see loopback traffic.
         self._async = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False)
         self._sync = httpx.Client(base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        self._lean: LeanRoute | None = None
+        if has_plugin:
+            self._lean = LeanRoute(
+                self._async,
+                engine=name,
+                model=model,
+                timeout_s=request_timeout_s,
+                flush_tokens=flush_tokens,
+                see_log=self._see_log(),
+            )
 
     @property
     def name(self) -> str:
@@ -79,6 +103,8 @@ class EngineClient:
             EngineFaultError: The engine failed, took too long, or answered with something malformed.
         """
         version = self.weight_version
+        if self._lean is not None:
+            return await self._lean.write(request, version=version, salt=self.cache_salt)
         body = {
             "model": self._model,
             "prompt": list(request.prompt_token_ids),
@@ -95,13 +121,13 @@ class EngineClient:
             body["cache_salt"] = self.cache_salt
         headers = {"X-Request-Id": request.name} if request.name else None
         self._was_cut[request.name] = False
+        most_bytes = most_json_bytes(request.sampling.max_tokens, len(request.prompt_token_ids))
         try:
-            response = await self._async.post("/v1/completions", json=body, headers=headers)
-        except httpx.HTTPError as error:
-            raise self._failure("/v1/completions", error, self._request_timeout_s) from error
+            text = await self._fetch("POST", "/v1/completions", most_bytes, json=body, headers=headers)
         finally:
             was_cut = self._was_cut.pop(request.name, False)
-        return self._parse(self._checked("/v1/completions", response), version, was_cut=was_cut)
+        answer = parse_json(self._name, "/v1/completions", text)
+        return parse_completion(self._name, answer, version=version, was_cut=was_cut)
 
     async def cut(self, name: str) -> None:
         """Have the completion of this name end, and return what it has so far.
@@ -109,6 +135,9 @@ class EngineClient:
         Raises:
             EngineRequestError: The engine did not take it.
         """
+        if self._lean is not None:
+            await self._lean.cut(name)
+            return
         if name not in self._was_cut:
             return
         self._was_cut[name] = True
@@ -120,18 +149,18 @@ class EngineClient:
             raise self._failure("/abort_requests", error, _REPORT_TIMEOUT_S) from error
         self._check_status("/abort_requests", response)
 
+    def written(self, name: str) -> Rollout | None:
+        """Return what has been received so far of the completion of this name; None without the plugin."""
+        return None if self._lean is None else self._lean.written(name)
+
     async def report(self) -> EngineReport:
         """Say what the engine is doing, by its own metrics.
 
         Raises:
             EngineFaultError: It did not answer, or with something that vLLM's metrics are not.
         """
-        try:
-            response = await self._async.get("/metrics", timeout=_REPORT_TIMEOUT_S)
-        except httpx.HTTPError as error:
-            raise self._failure("/metrics", error, _REPORT_TIMEOUT_S) from error
-        self._check_status("/metrics", response)
-        report = parse_metrics(response.text)
+        text = await self._fetch("GET", "/metrics", MOST_METRICS_BYTES, timeout=_REPORT_TIMEOUT_S)
+        report = parse_metrics(text.decode(errors="replace"))
         if report is None:
             raise EngineFaultError(f"{self._name} answered /metrics with something that is not vLLM's{self._see_log()}")
         return report
@@ -196,55 +225,43 @@ class EngineClient:
 
     async def aclose(self) -> None:
         """Close the asynchronous half, in the loop that used it."""
+        if self._lean is not None:
+            await self._lean.aclose()
         await self._async.aclose()
 
     def close(self) -> None:
         """Close the synchronous half."""
         self._sync.close()
 
+    async def _fetch(self, method: str, path: str, most_bytes: int, **arguments: Any) -> bytes:
+        """Return the body of an answer that says that all is well.
+
+        Raises:
+            EngineRequestError: There is none within the time, or it is longer than `most_bytes`.
+        """
+        timeout_s = arguments.get("timeout", self._request_timeout_s)
+        try:
+            async with self._async.stream(method, path, **arguments) as response:
+                if response.status_code != httpx.codes.OK:
+                    raise self._refusal(path, response.status_code, await read_error(response))
+                return await read_bounded(response, most_bytes)
+        except httpx.HTTPError as error:
+            raise self._failure(path, error, timeout_s) from error
+        except TooLongError as error:
+            raise EngineFaultError(f"{self._name} answered {path} with {error}{self._see_log()}") from error
+
     def _checked(self, path: str, response: httpx.Response) -> Any:
         self._check_status(path, response)
-        try:
-            return response.json()
-        except ValueError as error:
-            raise EngineFaultError(f"{self._name} answered {path} with something that is not JSON") from error
+        return parse_json(self._name, path, response.content)
 
     def _check_status(self, path: str, response: httpx.Response) -> None:
-        status = response.status_code
-        if status != httpx.codes.OK:
-            # What is wrong with the request (4xx) is wrong everywhere; what is too much here may not be so elsewhere.
-            kind = EngineRequestError if 400 <= status < 500 and status not in _OVERLOADED else EngineFaultError
-            raise kind(f"{self._name} answered {path} with status {status}: {response.text[:500]}{self._see_log()}")
+        if response.status_code != httpx.codes.OK:
+            raise self._refusal(path, response.status_code, response.text)
 
-    def _parse(self, answer: Any, version: int, *, was_cut: bool = False) -> Rollout:
-        try:
-            (choice,) = answer["choices"]
-            token_ids = np.asarray(choice["token_ids"], dtype=np.int32)
-            logprobs = np.asarray(choice["logprobs"]["token_logprobs"], dtype=np.float32)
-            finish_reason = choice["finish_reason"]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise EngineFaultError(f"{self._name} sent a completion without tokens or logprobs: {error!r}") from error
-        if was_cut and finish_reason == "abort":
-            finish_reason = "cut"
-        has_tokens = token_ids.size > 0 or finish_reason == "cut"
-        is_whole = token_ids.ndim == 1 and has_tokens and token_ids.shape == logprobs.shape
-        if not is_whole or finish_reason not in ("stop", "length", "cut"):
-            raise EngineFaultError(
-                f"{self._name} sent a malformed completion: {token_ids.size} tokens, {logprobs.size} logprobs, "
-                f"finish_reason {finish_reason!r}"
-            )
-        if not math.isfinite(float(logprobs.sum())):
-            raise EngineRequestError(
-                f"{self._name} sent a logprob that is not finite: the weights it holds (version {version}) do not "
-                "compute. If training diverged, lower learning_rate."
-            )
-        return Rollout(
-            token_ids=token_ids,
-            rollout_logprobs=logprobs,
-            finish_reason=finish_reason,
-            weight_version=version,
-            engine=self._name,
-        )
+    def _refusal(self, path: str, status: int, said: str) -> EngineRequestError:
+        # What is wrong with the request (4xx) is wrong everywhere; what is too much here may not be so elsewhere.
+        kind = EngineRequestError if 400 <= status < 500 and status not in _OVERLOADED else EngineFaultError
+        return kind(f"{self._name} answered {path} with status {status}: {said[:500]}{self._see_log()}")
 
     def _failure(self, path: str, error: httpx.HTTPError, timeout_s: float | None = None) -> EngineFaultError:
         what = f"did not answer {path}"

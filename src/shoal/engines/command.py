@@ -87,7 +87,11 @@ def serve_command(spec: EngineSpec) -> list[str]:
         "load-format": "dummy",
         "worker-extension-cls": "shoal.vllm_plugin.worker.ShoalWorker",
         # The last one comes first in the way of a request.
-        "middleware": ["shoal.vllm_plugin.publish_route.PublishRoute", "shoal.vllm_plugin.gate.ApiKeyGate"],
+        "middleware": [
+            "shoal.vllm_plugin.publish_route.PublishRoute",
+            "shoal.vllm_plugin.generate_route.GenerateRoute",
+            "shoal.vllm_plugin.gate.ApiKeyGate",
+        ],
         # Logprobs of the distribution that was sampled from, temperature included.
         "logprobs-mode": "processed_logprobs",
         # Sampling is the trainer's decision; a model's generation_config.json must not change it.

@@ -42,8 +42,9 @@ class ManagedEngine:
 class Fleet:
     """Engines that were started together and end together. Use as a context manager, or call `close`."""
 
-    def __init__(self, engines: Sequence[ManagedEngine]) -> None:
+    def __init__(self, engines: Sequence[ManagedEngine], api_key: str = "") -> None:
         self.engines = tuple(engines)
+        self.api_key = api_key
         self._ended: set[str] = set()
         self._lock = threading.Lock()
 
@@ -71,7 +72,7 @@ class Fleet:
         """
         api_key = secrets.token_hex(32)
         engines: list[ManagedEngine] = []
-        fleet = cls(())
+        fleet = cls((), api_key)
         try:
             for spec in specs:
                 process = EngineProcess(spec, api_key, log_dir / f"{spec.name}.log")
@@ -82,6 +83,7 @@ class Fleet:
                     log_path=process.log_path,
                     request_timeout_s=request_timeout_s,
                     model=spec.request_model,
+                    has_plugin=True,
                 )
                 engines.append(ManagedEngine(process=process, client=client))
                 fleet.engines = tuple(engines)

@@ -32,6 +32,9 @@ class ReferenceEngine:
         """Write one completion: greedy at temperature 0, else by inverse transform of this sample's own stream."""
         return self.complete(request)
 
+    def written(self, name: str) -> None:
+        """Nothing: it answers when it has ended."""
+
     async def cut(self, name: str) -> None:
         """Go on: it writes one completion at a time, and nothing else meanwhile."""
 

@@ -189,6 +189,7 @@ class EnginePool:
         if not isinstance(error, EngineFaultError):
             raise error
         if ticket.engine == index:
+            self._keep(ticket, error.partial)
             self._put_back(ticket)
         if not seat.is_gone and seat.health.state is not State.SUSPECT:
             reason = seat.watch.failed(str(error)) or self._why_ended(seat.engine.name)
@@ -236,6 +237,11 @@ class EnginePool:
         else:
             self._wait_again(ticket)
             self._place()
+
+    def _keep(self, ticket: Ticket, part: object) -> None:
+        """Have a sample go on after what its engine had sent of it before it failed."""
+        if isinstance(part, Rollout) and len(part.token_ids):
+            ticket.parts.append(part)
 
     def _end(self, ticket: Ticket) -> None:
         if not ticket.has_ended:
@@ -322,9 +328,10 @@ class EnginePool:
         for ticket in [ticket for ticket in self._tickets.values() if ticket.engine == index]:
             if ticket.attempt is not None and ticket.attempt.done() and not ticket.attempt.cancelled():
                 continue  # its owner is about to see to it
-            self._put_back(ticket)
             if ticket.attempt is not None:
+                self._keep(ticket, seat.engine.written(ticket.attempt.get_name()))
                 ticket.attempt.cancel()
+            self._put_back(ticket)
         if self._on_lost(seat.engine.name, reason):
             self._happens(index, Event.RESTARTED)
 

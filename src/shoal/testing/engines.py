@@ -43,6 +43,10 @@ class FakeEngine:
         """Short name."""
         return self._name
 
+    def written(self, name: str) -> Rollout | None:
+        """Nothing: it answers when it has ended."""
+        return None
+
     async def cut(self, name: str) -> None:
         """Have a request return the first half of what it would have."""
         if name in self._cuts:

@@ -54,14 +54,21 @@ class Agreement:
 
     @classmethod
     def from_json(cls, text: str) -> Agreement:
-        """Parse what `to_json` wrote."""
-        data = json.loads(text)
-        return cls(
-            wanted=frozenset(str(name) for name in data["wanted"]),
-            holdings=tuple(holdings_from_json(item) for item in data["holdings"]),
-            batch_bytes=int(data["batch_bytes"]),
-            preferred=tuple(frozenset(int(rank) for rank in ranks) for ranks in data["preferred"]),
-        )
+        """Parse what `to_json` wrote.
+
+        Raises:
+            ValueError: It is not such a text.
+        """
+        try:
+            data = json.loads(text)
+            return cls(
+                wanted=frozenset(str(name) for name in data["wanted"]),
+                holdings=tuple(holdings_from_json(item) for item in data["holdings"]),
+                batch_bytes=int(data["batch_bytes"]),
+                preferred=tuple(frozenset(int(rank) for rank in ranks) for ranks in data["preferred"]),
+            )
+        except (KeyError, TypeError, OverflowError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not an agreement: {error!r}") from error
 
 
 def holdings_to_json(holdings: Holdings) -> dict[str, list[int]]:

@@ -188,7 +188,7 @@ class SlicePlan:
                 ),
                 reloaded=tuple(str(name) for name in data["reloaded"]),
             )
-        except (KeyError, TypeError, OverflowError) as error:
+        except (KeyError, TypeError, OverflowError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a slice plan: {error!r}") from error
 
 
