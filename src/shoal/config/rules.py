@@ -176,6 +176,17 @@ def temperatures_fit(config: GRPOConfig) -> None:
         raise ConfigError(f"eval_temperature={config.eval_temperature} is no temperature. Set it to 0 or more.")
 
 
+def filters_leave_tokens(config: GRPOConfig) -> None:
+    """Refuse sampling filters that leave nothing, or nothing to choose from."""
+    if config.top_p is None or not 0 < config.top_p <= 1:
+        raise ConfigError(f"top_p={config.top_p} is no probability to reach. Set it above 0 and up to 1; 1 is off.")
+    if config.top_k is not None and (config.top_k < -1 or config.top_k == 1):
+        why = "leaves one token, so that all completions of a prompt are the same" if config.top_k == 1 else "is none"
+        raise ConfigError(f"top_k={config.top_k} {why}. Set it to 2 or more, or to 0 for all tokens.")
+    if config.min_p is not None and not 0 <= config.min_p < 1:
+        raise ConfigError(f"min_p={config.min_p} leaves no choice of tokens. Set it from 0 (off) to below 1.")
+
+
 def clipping_leaves_room(config: GRPOConfig) -> None:
     """Refuse clipping ranges that no ratio, or not even the ratio 1, can lie in."""
     if not config.epsilon > 0:
@@ -283,6 +294,7 @@ RULES: tuple[Callable[[GRPOConfig], None], ...] = (
     batches_are_used_once,
     engines_generate,
     temperatures_fit,
+    filters_leave_tokens,
     clipping_leaves_room,
     correction_bounds_fit,
     weights_are_numbers,

@@ -43,7 +43,7 @@ from shoal.trainer.factory import (
     start_rollouts,
     write_engine_adapter,
 )
-from shoal.trainer.forward import packed_logprobs, packs_exactly, takes_logits_to_keep
+from shoal.trainer.forward import packs_exactly
 from shoal.trainer.groups import num_tokens, training_sequences
 from shoal.trainer.judge import Judge
 from shoal.trainer.model import (
@@ -57,10 +57,18 @@ from shoal.trainer.model import (
     read_config,
     stop_token_ids,
 )
+from shoal.trainer.policy_logprobs import PolicyLogprobs
 from shoal.trainer.progress import print_start_progress
 from shoal.trainer.record import RunRecord
 from shoal.trainer.rollouts import Rollouts
-from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread, to_device
+from shoal.trainer.step import (
+    micro_batches_of_rank,
+    objective_settings,
+    sampling_filters,
+    spread,
+    to_device,
+    truncation,
+)
 from shoal.trainer.step_log import StepLog
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
 from shoal.types import Sequence as TrainingSequence
@@ -136,8 +144,10 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             model_bytes=num_parameter_bytes(policy),
             saves_optimizer=args.save_strategy != "no" and not args.save_only_model,
         )
+        self._logprobs = PolicyLogprobs(
+            policy, temperature=args.temperature, truncation=truncation(args), fused=args.fused_logprobs
+        )
         self._reference = ReferencePolicy(policy) if args.beta > 0 else None
-        self._keeps_logits = takes_logits_to_keep(policy)
         self._stop_token_ids = stop_token_ids(policy, tokenizer)
         self._objective = objective_settings(args)
         self._step_log = StepLog()
@@ -229,6 +239,12 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
+        self._logprobs.decide(
+            model,
+            vocabulary=int(self.accelerator.unwrap_model(model).get_input_embeddings().num_embeddings),
+            device=self.args.device,
+            all_agree=lambda agrees: not int(self._exchange.sum(torch.tensor([0 if agrees else 1]))),
+        )
         total = torch.zeros((), device=self.args.device)
         for index, micro_batch in enumerate(inputs):
             is_last = index == len(inputs) - 1
@@ -252,16 +268,13 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         """
         if return_outputs:
             raise NotImplementedError("GRPOTrainer computes logprobs only and keeps no outputs")
-        temperature = self.args.temperature
         ref_logprobs = None
         if self._reference is not None:
             reference, context = self._reference.model(model, self.accelerator.unwrap_model(model))
             # A copy is not wrapped by accelerate, so it would not compute in the policy's precision by itself.
             with torch.no_grad(), context, self.accelerator.autocast():
-                ref_logprobs = packed_logprobs(
-                    reference, inputs, temperature=temperature, keeps_logits=self._keeps_logits
-                ).logprobs
-        policy = packed_logprobs(model, inputs, temperature=temperature, keeps_logits=self._keeps_logits)
+                ref_logprobs = self._logprobs.of_reference(reference, inputs)
+        policy = self._logprobs.of_policy(model, inputs)
         objective = grpo_objective(
             inputs,
             policy.logprobs,
@@ -354,6 +367,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
                 temperature=temperature,
                 max_tokens=self.args.max_completion_length,
                 stop_token_ids=self._stop_token_ids,
+                **sampling_filters(self.args),
             ),
             seed=lambda prompt, sample: sample_seed(self.args.seed, seed_step, prompt.row, sample),
             step=self.state.global_step,

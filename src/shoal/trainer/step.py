@@ -11,6 +11,7 @@ import torch
 
 from shoal.algorithm.losses import LOSSES, LossSettings
 from shoal.algorithm.objective import CorrectionSettings, ObjectiveSettings
+from shoal.algorithm.truncation import Truncation
 from shoal.config import GRPOConfig
 from shoal.data.micro_batch import build_filler, build_micro_batch
 from shoal.data.packing import plan_micro_batches
@@ -62,6 +63,16 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
         if isinstance(value := getattr(micro_batch, field.name), torch.Tensor)
     }
     return replace(micro_batch, **moved)
+
+
+def sampling_filters(args: GRPOConfig) -> dict[str, Any]:
+    """Return what the settings cut off before sampling, in one form for engines and trainer."""
+    return {"top_k": max(args.top_k or 0, 0), "top_p": args.top_p, "min_p": args.min_p or 0.0}
+
+
+def truncation(args: GRPOConfig) -> Truncation:
+    """Return the same for the trainer's logprobs."""
+    return Truncation(**sampling_filters(args))
 
 
 def objective_settings(args: GRPOConfig) -> ObjectiveSettings:
