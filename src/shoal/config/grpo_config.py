@@ -90,6 +90,14 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     )
     vllm_importance_sampling_clip_max: float | None = setting(3.0, "Upper bound of the correcting ratio.")
     vllm_importance_sampling_clip_min: float | None = setting(None, "Lower bound of the correcting ratio.")
+    old_logprobs: str = setting(
+        "policy", "The ratio's old logprobs: the policy's own, or rollout: the engines', with no correction besides."
+    )
+    skip_zero_advantages: bool | None = setting(
+        None,
+        "Run no forward pass over completions whose advantage is exactly 0; metrics of the policy then are over the "
+        "others. Unset: where beta is 0.",
+    )
     fused_logprobs: bool | None = setting(
         None, "Compute logprobs from hidden states, without logits. Unset: where the model's head allows it."
     )

@@ -22,6 +22,7 @@ _CHOICES = {
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "scale_rewards": ("group", "batch", "none"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "old_logprobs": ("policy", "rollout"),
     "vllm_model_impl": ("vllm", "transformers"),
     "vllm_dtype": (None, "auto", "float32", "bfloat16", "float16"),
     "reward_on_error": ("raise",),
@@ -220,6 +221,25 @@ def correction_bounds_fit(config: GRPOConfig) -> None:
         )
 
 
+def nothing_is_corrected_twice(config: GRPOConfig) -> None:
+    """Refuse a correction towards the engine where the ratio is taken against the engine already."""
+    if config.old_logprobs == "rollout" and config.vllm_importance_sampling_correction:
+        raise ConfigError(
+            'old_logprobs="rollout" takes the ratio of the loss against the engines, and '
+            "vllm_importance_sampling_correction=True would weigh by the gap to them once more. Set "
+            'vllm_importance_sampling_correction=False, or old_logprobs="policy".'
+        )
+
+
+def skipped_completions_teach_nothing(config: GRPOConfig) -> None:
+    """Refuse to skip completions that still have a KL term."""
+    if config.skip_zero_advantages and config.beta != 0:
+        raise ConfigError(
+            f"skip_zero_advantages=True would leave out the KL term of completions with advantage 0, which beta="
+            f"{config.beta} gives a gradient. Unset skip_zero_advantages, or set beta=0."
+        )
+
+
 def weights_are_numbers(config: GRPOConfig) -> None:
     """Refuse reward weights that are empty, infinite or not numbers; their count is checked with the functions."""
     weights = config.reward_weights
@@ -297,6 +317,8 @@ RULES: tuple[Callable[[GRPOConfig], None], ...] = (
     filters_leave_tokens,
     clipping_leaves_room,
     correction_bounds_fit,
+    nothing_is_corrected_twice,
+    skipped_completions_teach_nothing,
     weights_are_numbers,
     engine_settings_fit,
     ports_exist,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from shoal.algorithm.logprobs import TokenLogprobs, token_logprobs
 from shoal.algorithm.truncation import Truncation
+from shoal.trainer.attention import boundaries
 from shoal.trainer.logprob_head import HeadRequest, HeadSwitch, read_answer
 from shoal.types import MicroBatch
 
@@ -27,6 +29,7 @@ def packed_logprobs(
     keeps_logits: bool,
     truncation: Truncation | None = None,
     head: HeadSwitch | None = None,
+    takes_boundaries: bool = False,
 ) -> TokenLogprobs:
     """Return the policy's logprob and entropy at each completion token.
 
@@ -41,9 +44,13 @@ def packed_logprobs(
         keeps_logits: Whether the model takes `logits_to_keep`, see `takes_logits_to_keep`.
         truncation: What the engine cuts off before it samples.
         head: To have the model's LM head answer without logits; None for the logits.
+        takes_boundaries: Whether its attention can be told where sequences begin, see `attention.takes_boundaries`.
     """
+    keywords: dict[str, Any] = {"logits_to_keep": micro_batch.predictor_positions} if keeps_logits else {}
+    if takes_boundaries:
+        keywords |= boundaries(micro_batch.position_ids)
     if head is None:
-        logits = _call(model, micro_batch, keeps_logits=keeps_logits)
+        logits = _call(model, micro_batch, keywords)
         if not keeps_logits:
             logits = logits[micro_batch.predictor_positions]
         return token_logprobs(logits, micro_batch.target_ids, temperature, truncation=truncation)
@@ -54,12 +61,11 @@ def packed_logprobs(
         truncation=truncation,
     )
     with head.asking(request):
-        return read_answer(_call(model, micro_batch, keeps_logits=keeps_logits), head.form)
+        return read_answer(_call(model, micro_batch, keywords), head.form)
 
 
-def _call(model: nn.Module, micro_batch: MicroBatch, *, keeps_logits: bool) -> torch.Tensor:
-    """Call the model and return the logits `[N, V]` (of all tokens, `[T, V]`, if it cannot keep some)."""
-    keywords: dict[str, Any] = {"logits_to_keep": micro_batch.predictor_positions} if keeps_logits else {}
+def _call(model: nn.Module, micro_batch: MicroBatch, keywords: Mapping[str, Any]) -> torch.Tensor:
+    """Call the model and return its logits: `[N, V]`, or `[T, V]` if it cannot keep some."""
     output = model(
         input_ids=micro_batch.input_ids[None],
         position_ids=micro_batch.position_ids[None],

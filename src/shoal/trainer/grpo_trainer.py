@@ -65,6 +65,7 @@ from shoal.trainer.step import (
     micro_batches_of_rank,
     objective_settings,
     sampling_filters,
+    skips_zero_advantages,
     spread,
     to_device,
     truncation,
@@ -180,7 +181,9 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
         self._max_tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * self._max_sequence()
-        if not is_sharded(policy) and not packs_exactly(policy):
+        with self.accelerator.autocast():  # some attention works in 16 bits only
+            keeps_apart = is_sharded(policy) or packs_exactly(policy)
+        if not keeps_apart:
             logger.warning(
                 "%s lets packed sequences see one another, so each sequence gets a forward pass of its own. "
                 "That is right but slow.",
@@ -229,6 +232,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             rank=self.args.process_index,
             num_ranks=self.args.world_size,
             max_tokens=self._max_tokens,
+            skip_zero_advantages=skips_zero_advantages(self.args),
         )
         return spread(micro_batches, len(ticks)), None
 
@@ -278,7 +282,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         objective = grpo_objective(
             inputs,
             policy.logprobs,
-            # Each batch is trained on once, so the policy that is being differentiated is the old one too.
+            # Each batch is trained on once, so the policy that is being differentiated is the old one too, unless
+            # the engine is to be.
             old_logprobs=None,
             ref_logprobs=ref_logprobs,
             settings=self._objective,

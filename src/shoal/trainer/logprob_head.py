@@ -88,7 +88,7 @@ class LogprobHead(nn.Linear):
         return head.train(linear.training)
 
     # Compiled, the loop over tiles would be unrolled, and every request compiled anew.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits, or the answer to a request: `[1, N, 6]`, what `read_answer` takes."""
         request = self.switch.request

@@ -13,6 +13,7 @@ from shoal.algorithm.logprobs import TokenLogprobs
 from shoal.algorithm.truncation import Truncation
 from shoal.data.micro_batch import build_micro_batch
 from shoal.errors import ConfigError
+from shoal.trainer.attention import takes_boundaries
 from shoal.trainer.forward import packed_logprobs, takes_logits_to_keep
 from shoal.trainer.logprob_head import HeadRequest, form_of, replace_head
 from shoal.trainer.step import to_device
@@ -41,6 +42,7 @@ class PolicyLogprobs:
     ) -> None:
         self._temperature, self._truncation, self._fused = temperature, truncation, fused
         self._keeps_logits = takes_logits_to_keep(policy)
+        self._takes_boundaries = takes_boundaries(policy)
         self._head = None if fused is False else replace_head(policy)
         self._is_decided = self._head is None
         if fused and self._head is None:
@@ -116,7 +118,9 @@ class PolicyLogprobs:
                     input_ids=micro_batch.input_ids[None], position_ids=micro_batch.position_ids[None], use_cache=False
                 ).logits
             )
-        expected = packed_logprobs(model, micro_batch, temperature=self._temperature, keeps_logits=self._keeps_logits)
+        self._head = None
+        expected = self._of(model, micro_batch, None)
+        self._head = head
         head.form = form or head.form
         found = self._of(model, micro_batch, None)
         if form is None or found.logprobs.shape != expected.logprobs.shape:
@@ -130,6 +134,7 @@ class PolicyLogprobs:
             micro_batch,
             temperature=self._temperature,
             keeps_logits=self._keeps_logits,
+            takes_boundaries=self._takes_boundaries,
             truncation=truncation,
             head=self._head,
         )

@@ -19,7 +19,13 @@ from shoal.types import MicroBatch, Sequence
 
 
 def micro_batches_of_rank(
-    sequences: abc.Sequence[Sequence], *, loss_type: str, rank: int, num_ranks: int, max_tokens: int
+    sequences: abc.Sequence[Sequence],
+    *,
+    loss_type: str,
+    rank: int,
+    num_ranks: int,
+    max_tokens: int,
+    skip_zero_advantages: bool = False,
 ) -> list[MicroBatch]:
     """Return one rank's micro-batches of a step, on the CPU.
 
@@ -31,14 +37,21 @@ def micro_batches_of_rank(
         rank: This rank.
         num_ranks: Of all trainer processes.
         max_tokens: Budget of a micro-batch.
+        skip_zero_advantages: Whether a sequence is left out whose loss is 0 whatever the policy, as that of an
+            advantage of exactly 0 is without a KL term. It still counts in the denominators.
     """
     weights = LOSSES[loss_type].token_weights(
         np.array([sequence.completion_length for sequence in sequences], dtype=np.int64),
         np.array([sequence.in_loss for sequence in sequences], dtype=np.bool_),
     )
-    plan = plan_micro_batches([len(sequence.token_ids) for sequence in sequences], num_ranks, max_tokens)
+    used = [
+        index
+        for index, sequence in enumerate(sequences)
+        if not skip_zero_advantages or (sequence.advantage != 0 and weights[index] != 0)
+    ]
+    plan = plan_micro_batches([len(sequences[i].token_ids) for i in used], num_ranks, max_tokens)
     return [
-        build_micro_batch([sequences[i] for i in indices], [float(weights[i]) for i in indices])
+        build_micro_batch([sequences[used[i]] for i in indices], [float(weights[used[i]]) for i in indices])
         if indices
         else build_filler(sequences)
         for indices in plan[rank]
@@ -94,4 +107,10 @@ def objective_settings(args: GRPOConfig) -> ObjectiveSettings:
         )
         if args.vllm_importance_sampling_correction
         else None,
+        old_from=args.old_logprobs,  # type: ignore[arg-type]
     )
+
+
+def skips_zero_advantages(args: GRPOConfig) -> bool:
+    """Whether completions that can teach nothing are left out of the forward passes."""
+    return args.beta == 0 if args.skip_zero_advantages is None else args.skip_zero_advantages
