@@ -102,7 +102,9 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
         None, "Compute logprobs from hidden states, without logits. Unset: where the model's head allows it."
     )
     max_tokens_per_micro_batch: int | None = setting(
-        None, "Most tokens of a packed forward pass. Unset: per_device_train_batch_size sequences of full length."
+        None,
+        "Most tokens of a packed forward pass. Unset: what fits the GPU's free memory by estimate; on CPUs, "
+        "per_device_train_batch_size sequences of full length.",
     )
 
     # Engines

@@ -31,6 +31,7 @@ from shoal.engines.fleet import StartProgress
 from shoal.errors import ConfigError
 from shoal.observe.ledger import TimeLedger
 from shoal.rollout.collector import GroupRequest
+from shoal.trainer.attention import takes_boundaries
 from shoal.trainer.checkpoints import last_complete_checkpoint
 from shoal.trainer.checks import check_disk, longest_prompt
 from shoal.trainer.engine_side import EngineSide, Sources
@@ -71,6 +72,7 @@ from shoal.trainer.step import (
     truncation,
 )
 from shoal.trainer.step_log import StepLog
+from shoal.trainer.token_budget import bytes_to_come, free_gpu_bytes, pass_shape, tokens_that_fit
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
 from shoal.types import Sequence as TrainingSequence
 from shoal.weights.publisher import WeightPublisher
@@ -181,6 +183,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
         self._max_tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * self._max_sequence()
+        self._measures_memory = args.max_tokens_per_micro_batch is None and args.device.type == "cuda"
         with self.accelerator.autocast():  # some attention works in 16 bits only
             keeps_apart = is_sharded(policy) or packs_exactly(policy)
         if not keeps_apart:
@@ -189,7 +192,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
                 "That is right but slow.",
                 type(policy).__name__,
             )
-            self._max_tokens = 1
+            self._max_tokens, self._measures_memory = 1, False
         self.add_callback(_StepEnd(self))
 
     # ---- what transformers calls ----
@@ -226,6 +229,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._engines.refresh(self.state.global_step, always=False)
         sequences = self._exchange.sequences(self._write_step)
         self._train_began = time.monotonic()
+        if self._measures_memory:
+            self._max_tokens, self._measures_memory = self._fitting_tokens(), False
         micro_batches = micro_batches_of_rank(
             sequences,
             loss_type=self.args.loss_type,
@@ -464,6 +469,21 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self, prompt: Prompt, rollouts: tuple[Rollout, ...], completions: tuple[CompletionLike, ...]
     ) -> ScoredGroup:
         return await self._judge.score(prompt, rollouts, completions, self.state)
+
+    def _fitting_tokens(self) -> int:
+        """Find the largest token budget that fits every rank's GPU. A collective."""
+        model = self.accelerator.unwrap_model(self.model)
+        shape = pass_shape(
+            model.config,
+            element_bytes=2 if self.args.bf16 or self.args.fp16 else next(model.parameters()).element_size(),
+            checkpointing=self.args.gradient_checkpointing,
+            fused=self._logprobs.is_fused,
+            has_boundaries=takes_boundaries(model),
+        )
+        free = free_gpu_bytes(self.args.device) - bytes_to_come(model, self.optimizer)
+        tokens = max(min(self._exchange.gather_json(tokens_that_fit(shape, free))), self._max_sequence())
+        logger.info("max_tokens_per_micro_batch=%d, from the memory that is free", tokens)
+        return tokens
 
     def _max_prompt_tokens(self) -> int:
         return self._max_sequence() - int(self.args.max_completion_length)
