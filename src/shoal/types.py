@@ -56,11 +56,17 @@ class SamplingSettings:
         temperature: Softmax temperature; 0 is greedy.
         max_tokens: Most tokens of a completion.
         stop_token_ids: Tokens that end a completion (they stay part of it).
+        top_k: Only the so many most likely tokens are sampled from; 0 for all.
+        top_p: Of those, only the most likely ones that together reach this probability.
+        min_p: Before either, only those of at least this share of the most likely token's probability.
     """
 
     temperature: float
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

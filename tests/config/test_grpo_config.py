@@ -188,3 +188,19 @@ def test_every_batch_that_a_refusal_suggests_is_accepted(
         check_batch(**seen | {"accumulation": found.gradient_accumulation_steps})
         assert f"per_device_train_batch_size={found.per_device_train_batch_size}" in str(refusal)
         assert f"gradient_accumulation_steps={found.gradient_accumulation_steps}" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"old_logprobs": "engine"}, "old_logprobs"),
+        ({"old_logprobs": "rollout"}, "vllm_importance_sampling_correction=False"),
+        ({"skip_zero_advantages": True, "beta": 0.1}, "skip_zero_advantages"),
+    ],
+)
+def test_old_logprobs_and_skipping_that_contradict_other_settings_are_refused(
+    settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        GRPOConfig(output_dir="unused", **settings)
+    GRPOConfig(output_dir="unused", old_logprobs="rollout", vllm_importance_sampling_correction=False)

@@ -52,11 +52,23 @@ def test_a_setting_that_shoal_lacks_is_refused_by_name_once_it_is_changed(name: 
         config(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["top_p", "top_k", "min_p", "repetition_penalty"])
-def test_sampling_filters_are_refused_because_the_logprobs_would_not_match(name: str) -> None:
-    value: Any = {"top_p": 0.9, "top_k": 50, "min_p": 0.1, "repetition_penalty": 1.1}[name]
+def test_other_filters_and_penalties_are_refused_because_the_logprobs_would_not_match() -> None:
     with pytest.raises(ConfigError, match="another distribution"):
+        config(repetition_penalty=1.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_p", 0.0), ("top_p", 1.1), ("top_k", 1), ("top_k", -2), ("min_p", -0.1), ("min_p", 1.0)],
+)
+def test_sampling_filters_that_leave_nothing_to_choose_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name}="):
         config(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 20), ("min_p", 0.05)])
+def test_sampling_filters_are_taken(name: str, value: float) -> None:
+    assert getattr(config(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize(("name", "value"), [("top_k", -1), ("min_p", 0.0), ("generation_kwargs", {})])

@@ -26,7 +26,7 @@ LOG = Path("/runs/x/engine-4.log")
 REQUEST = RolloutRequest(
     prompt_token_ids=(11, 12, 13),
     seed=77,
-    sampling=SamplingSettings(temperature=0.5, max_tokens=9, stop_token_ids=(2, 3)),
+    sampling=SamplingSettings(temperature=0.5, max_tokens=9, stop_token_ids=(2, 3), top_k=20, top_p=0.9, min_p=0.1),
 )
 GOOD = {
     "choices": [
@@ -155,6 +155,7 @@ def test_the_engine_is_asked_with_token_ids_the_samples_own_seed_and_the_key(ser
     assert body["prompt"] == [11, 12, 13]
     assert (body["seed"], body["temperature"], body["max_tokens"], body["n"]) == (77, 0.5, 9, 1)
     assert body["stop_token_ids"] == [2, 3]
+    assert (body["top_k"], body["top_p"], body["min_p"]) == (20, 0.9, 0.1)
     assert (body["return_token_ids"], body["logprobs"]) == (True, 0)
 
 

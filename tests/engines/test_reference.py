@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,22 @@ def test_the_logprobs_are_the_models_at_the_temperature_that_was_sampled_at(temp
     rollout = ReferenceEngine(model).complete(request(temperature, seed=3))
     wanted = logprobs_of(model, [10, 20, 30], rollout.token_ids.tolist(), temperature)
     assert rollout.rollout_logprobs == pytest.approx(wanted, abs=1e-5)
+
+
+def test_filters_leave_the_most_likely_tokens_with_the_logprobs_among_them(model: Any) -> None:
+    with torch.no_grad():
+        table = model(torch.tensor([[10, 20, 30]])).logits[0, -1].double() / 2.0
+    best = table.topk(3)
+    wanted = dict(zip(best.indices.tolist(), torch.log_softmax(best.values, dim=0).tolist(), strict=True))
+    base = request(2.0, max_tokens=1)
+    drawn = {}
+    for seed in range(60):
+        filtered = replace(base, seed=seed, sampling=replace(base.sampling, top_k=3))
+        rollout = ReferenceEngine(model).complete(filtered)
+        drawn[int(rollout.token_ids[0])] = float(rollout.rollout_logprobs[0])
+    assert drawn == pytest.approx(wanted, abs=1e-6)
+    free = {int(ReferenceEngine(model).complete(replace(base, seed=seed)).token_ids[0]) for seed in range(60)}
+    assert not free <= wanted.keys()  # the control
 
 
 def test_a_seed_decides_the_text(model: Any) -> None:

@@ -48,6 +48,7 @@ class Case:
         settings: Of the run, besides the common ones.
         moved: Whether the policy has left its reference when the step begins.
         ends: Whether completions may end before they are cut.
+        equal: A prompt, by its place, whose completions all get the same reward; None for none.
         broken: What is done wrong: `micro_batch_mean`, `rank_mean`, `drops_one`, a key of `FAILING`, or None.
         dtype: Of the weights.
         fsdp2: Entries of the FSDP plugin of accelerate; None for no FSDP.
@@ -60,6 +61,7 @@ class Case:
     settings: dict[str, Any]
     moved: bool = False
     ends: bool = True
+    equal: int | None = None
     broken: str | None = None
     dtype: str = "float64"
     fsdp2: dict[str, Any] | None = None
@@ -125,6 +127,18 @@ def spoil(model: Any) -> None:
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """Anything that differs between completions."""
     return [sum(ids) / (100.0 * len(ids)) for ids in completion_ids]
+
+
+def equal_reward(place: int) -> Any:
+    """The same reward for all completions of one prompt."""
+
+    def reward_but_one(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [
+            0.5 if prompt == PROMPTS[place] else value
+            for prompt, value in zip(prompts, reward(completion_ids), strict=True)
+        ]
+
+    return reward_but_one
 
 
 def failing_reward(completion_ids: list[list[int]], trainer_state: Any, **_: Any) -> list[float]:
@@ -260,7 +274,7 @@ def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = Non
     trainer_type = type("CaseTrainer", (OneStepTrainer,), {"broken": case.broken, "fsdp2": case.fsdp2})
     trainer = trainer_type(
         model=model,
-        reward_funcs=FAILING.get(str(case.broken), reward),
+        reward_funcs=FAILING.get(str(case.broken), reward if case.equal is None else equal_reward(case.equal)),
         args=GRPOConfig(**settings | case.settings),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=tiny_tokenizer(),

@@ -55,6 +55,8 @@ def formula_gradient(script: Any, step: dict[str, Any], *, moved: bool = False, 
             policy = logprobs(model, group["prompt"], ids, settings.get("temperature", 1.0))
             ref = logprobs(reference, group["prompt"], ids, settings.get("temperature", 1.0)).detach()
             ratio = (policy - policy.detach()).exp()  # The policy is the old one too: 1, with a gradient.
+            if settings.get("old_logprobs") == "rollout":
+                ratio = (policy - group["rollout_logprobs"][row]).exp()
             gap = policy.detach() - group["rollout_logprobs"][row]
             correction = torch.ones_like(gap)
             if settings.get("vllm_importance_sampling_mode") == "token_truncate":
@@ -63,7 +65,10 @@ def formula_gradient(script: Any, step: dict[str, Any], *, moved: bool = False, 
                 correction = gap.sum().exp() * (gap.sum().exp() <= CLIP)
             kl = (ref - policy).exp() - (ref - policy) - 1
             kl = kl * ratio if settings.get("use_bias_correction_kl", True) else kl
-            token_loss = -advantages[row] * ratio * correction + beta * kl
+            # Clipping stops the gradient only: at ratio 1 it does nothing.
+            stops = (ratio > 1.2) if advantages[row] > 0 else (ratio < 0.8)
+            surrogate = torch.where(stops, ratio.detach(), ratio) * advantages[row]
+            token_loss = -surrogate * correction + beta * kl
             if settings.get("loss_type", "dapo") == "dapo":
                 loss = loss + token_loss.sum() / num_tokens
             else:
@@ -85,8 +90,17 @@ def script(load_script: Callable[[str], Any]) -> Any:
 
 @pytest.fixture
 def take_step(script: Any, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def take(*, moved: bool = False, ends: bool = True, broken: str | None = None, **settings: Any) -> dict[str, Any]:
-        case = script.Case(name="case", settings=CORRECTED | settings, moved=moved, ends=ends, broken=broken)
+    def take(
+        *,
+        moved: bool = False,
+        ends: bool = True,
+        equal: int | None = None,
+        broken: str | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        case = script.Case(
+            name="case", settings=CORRECTED | settings, moved=moved, ends=ends, equal=equal, broken=broken
+        )
         result: dict[str, Any] = script.take_step(case, tmp_path)
         assert "error" not in result, result
         return result
@@ -112,6 +126,30 @@ def test_the_gradient_is_the_formulas_for_every_loss_and_term(
     settings = {"loss_type": loss_type, **FEATURES[feature]}
     step = take_step(moved=True, max_tokens_per_micro_batch=80, gradient_accumulation_steps=2, **settings)
     assert largest_error(step["gradients"], formula_gradient(script, step, moved=True, **settings)) < 1e-6
+
+
+@pytest.mark.parametrize("skip", [None, False])
+def test_completions_without_an_advantage_are_skipped_and_the_gradient_stays(
+    script: Any, take_step: Callable[..., Any], skip: bool | None
+) -> None:
+    # The third prompt's completions all get the same reward.
+    step = take_step(equal=2, max_tokens_per_micro_batch=1, skip_zero_advantages=skip)
+    assert step["num_micro_batches"] == (9 if skip is None else 12)
+    assert largest_error(step["gradients"], formula_gradient(script, step)) < 1e-6
+    masked = [g for g in step["groups"] if len(set(g["rewards"])) > 1]
+    assert len(masked) == 3
+    # The control: without their tokens in the denominator the gradient is another one.
+    assert largest_error(step["gradients"], formula_gradient(script, step | {"groups": masked})) > 1e-2
+
+
+def test_the_engines_logprobs_can_be_the_old_ones(script: Any, take_step: Callable[..., Any]) -> None:
+    settings = {"old_logprobs": "rollout", "vllm_importance_sampling_correction": False}
+    step = take_step(moved=True, **settings)
+    assert largest_error(step["gradients"], formula_gradient(script, step, moved=True, **settings)) < 1e-6
+    # The control: against the policy's own logprobs it is another gradient.
+    settings["old_logprobs"] = "policy"
+    assert largest_error(step["gradients"], formula_gradient(script, step, moved=True, **settings)) > 1e-2
+    assert step["log"]["sampling/sampling_logp_difference/mean"] > 0.1
 
 
 @pytest.mark.parametrize("feature", ["uncorrected", "corrected by token", "without cut completions", "with KL"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,17 @@ from hypothesis import strategies as st
 from shoal import GRPOConfig
 from shoal.algorithm.losses import LOSSES, LossSettings
 from shoal.algorithm.objective import CorrectionSettings, ObjectiveSettings
+from shoal.algorithm.truncation import Truncation
 from shoal.data.micro_batch import build_micro_batch
-from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread, to_device
+from shoal.trainer.step import (
+    micro_batches_of_rank,
+    objective_settings,
+    sampling_filters,
+    skips_zero_advantages,
+    spread,
+    to_device,
+    truncation,
+)
 from shoal.types import MicroBatch, Sequence
 
 
@@ -85,6 +94,25 @@ def test_the_denominator_is_that_of_the_step_and_not_of_the_micro_batch() -> Non
     assert [batch.loss_weights.tolist() for batch in cut["grpo"]] == [[pytest.approx(1 / 6)] * 3, [0.5]]
 
 
+def test_sequences_without_an_advantage_are_left_out_but_count_in_the_denominator() -> None:
+    sequences = make_sequences([(1, 3), (1, 1), (2, 4)])  # the first one has advantage 0
+    kept, skipped = (
+        micro_batches_of_rank(sequences, loss_type="dapo", rank=0, num_ranks=1, max_tokens=1, skip_zero_advantages=skip)
+        for skip in (False, True)
+    )
+    assert [batch.target_ids[0].item() for batch in skipped] == [2, 1] and len(kept) == 3
+    assert {weight for batch in skipped for weight in batch.loss_weights.tolist()} == {np.float32(1 / 8)}
+
+
+def test_a_step_of_nothing_but_such_sequences_is_a_filler_on_every_rank() -> None:
+    sequences = [replace(sequence, advantage=0.0) for sequence in make_sequences([(1, 3), (2, 4)])]
+    for rank in range(2):
+        (filler,) = micro_batches_of_rank(
+            sequences, loss_type="dapo", rank=rank, num_ranks=2, max_tokens=99, skip_zero_advantages=True
+        )
+        assert filler.target_ids.tolist() == [0, 0, 0] and not filler.loss_weights.any()
+
+
 @given(num_micro_batches=st.integers(1, 40), num_items=st.integers(1, 12))
 @settings(deadline=None)
 def test_spreading_keeps_the_order_and_leaves_the_last_call_something(num_micro_batches: int, num_items: int) -> None:
@@ -129,6 +157,19 @@ def test_the_objective_is_what_the_settings_say() -> None:
         use_bias_correction_kl=False,
         correction=CorrectionSettings(mode="token_truncate", clip_min=0.5, clip_max=2.5),
     )
+
+
+def test_sampling_filters_mean_the_same_to_engines_and_trainer() -> None:
+    args = GRPOConfig(output_dir="unused", top_k=-1, top_p=0.9, min_p=None)
+    assert sampling_filters(args) == {"top_k": 0, "top_p": 0.9, "min_p": 0.0}
+    assert truncation(args) == Truncation(top_p=0.9)
+    assert truncation(GRPOConfig(output_dir="unused")).is_off
+
+
+def test_sequences_without_an_advantage_are_skipped_only_without_a_kl_term() -> None:
+    assert skips_zero_advantages(GRPOConfig(output_dir="unused"))
+    assert not skips_zero_advantages(GRPOConfig(output_dir="unused", beta=0.1))
+    assert not skips_zero_advantages(GRPOConfig(output_dir="unused", skip_zero_advantages=False))
 
 
 def test_what_the_settings_leave_open_is_symmetric_and_what_they_turn_off_is_off() -> None:

@@ -9,7 +9,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from shoal.algorithm.logprobs import token_logprobs
+from shoal.algorithm.truncation import Truncation
 from shoal.engines.client import EngineClient
 from shoal.engines.command import EngineSpec
 from shoal.engines.fleet import Fleet
@@ -178,6 +180,24 @@ def test_the_logprobs_of_sampled_tokens_are_transformers_at_that_temperature(run
     assert distances[0.8] < 1e-3
     assert distances[1.0] > 0.05  # the control: at another temperature they are others
     assert texts_of(answers_of_engines[0]) == texts_of(answers_of_engines[1])  # a seed decides the text, not the engine
+
+
+@torch.no_grad()
+def test_the_logprobs_under_sampling_filters_are_the_trainers_under_the_same_filters(running: Running) -> None:
+    running.publisher.publish(11)
+    filters = {"top_k": 20, "top_p": 0.9, "min_p": 0.01}
+    sampling = replace(SAMPLED, temperature=0.7, **filters)
+    gaps: dict[str, list[float]] = {"truncated": [], "whole": []}
+    for answers in ask(running.clients, sampling):
+        for prompt, rollout in zip(PROMPTS, answers, strict=True):
+            tokens = torch.from_numpy(rollout.token_ids).long()
+            logits = running.model(torch.cat([torch.tensor(prompt), tokens])[None]).logits[0, len(prompt) - 1 : -1]
+            for name, truncation in (("truncated", Truncation(**filters)), ("whole", None)):
+                wanted = token_logprobs(logits, tokens, 0.7, truncation=truncation).logprobs
+                gaps[name].append(float((torch.from_numpy(rollout.rollout_logprobs) - wanted).abs().max()))
+    print(f"largest difference of logprobs: {max(gaps['truncated']):.2g}, untruncated {max(gaps['whole']):.2g}")
+    assert max(gaps["truncated"]) < 1e-3
+    assert max(gaps["whole"]) > 0.02  # the control: over the whole vocabulary they are others
 
 
 def test_a_worker_that_received_one_flipped_bit_is_named_with_the_parameter(running: Running) -> None:

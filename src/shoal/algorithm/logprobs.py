@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from shoal.algorithm.truncation import Truncation, cut_, support_bounds
 from shoal.errors import ConfigError
 
 MAX_CHUNK_ELEMENTS = 1 << 25
@@ -32,6 +33,7 @@ def token_logprobs(
     target_ids: torch.Tensor,
     temperature: float,
     *,
+    truncation: Truncation | None = None,
     max_chunk_elements: int = MAX_CHUNK_ELEMENTS,
 ) -> TokenLogprobs:
     """Give each target's logprob under `softmax(logits / temperature)`, and that distribution's entropy.
@@ -44,20 +46,32 @@ def token_logprobs(
         logits: `[N, V]`, any float type.
         target_ids: `[N]` int64, in `[0, V)`.
         temperature: The temperature that the engines sample with, above 0.
+        truncation: What the engines cut off; the set of tokens that stay is a constant for the gradient.
         max_chunk_elements: Bound on rows x V of a chunk (at least one row is taken).
 
     Raises:
         ConfigError: The temperature is not above 0: a greedy policy has no logprobs to train.
+    """
+    check_temperature(temperature)
+    if truncation is not None and truncation.is_off:
+        truncation = None
+    logprobs, entropy = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
+        logits, target_ids, temperature, truncation, max_chunk_elements
+    )
+    return TokenLogprobs(logprobs=logprobs, entropy=entropy)
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that logits cannot be divided by.
+
+    Raises:
+        ConfigError: It is not above 0.
     """
     if not temperature > 0:
         raise ConfigError(
             f"temperature={temperature} leaves no distribution to train: logprobs are those of softmax(logits / "
             "temperature). Set temperature above 0 (1.0 is usual)."
         )
-    logprobs, entropy = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
-        logits, target_ids, temperature, max_chunk_elements
-    )
-    return TokenLogprobs(logprobs=logprobs, entropy=entropy)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -69,36 +83,52 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, target_ids: torch.Tensor, temperature: float, max_chunk_elements: int
+        ctx: Any,
+        logits: torch.Tensor,
+        target_ids: torch.Tensor,
+        temperature: float,
+        truncation: Truncation | None,
+        max_chunk_elements: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         logprobs = torch.empty(len(logits), dtype=dtype, device=logits.device)
         entropy, log_normalizer = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        bounds = None if truncation is None else torch.empty_like(logprobs)
         for rows in _row_chunks(logits, max_chunk_elements):
             scaled = logits[rows].to(dtype) / temperature
+            if bounds is not None and truncation is not None:
+                bounds[rows] = support_bounds(scaled, truncation)
+                cut_(scaled, bounds[rows], target_ids[rows], _everywhere(target_ids[rows]))
             log_normalizer[rows] = torch.logsumexp(scaled, dim=-1)
             logprobs[rows] = scaled.gather(1, target_ids[rows, None]).squeeze(1) - log_normalizer[rows]
             # entr(p) = -p log p is 0 at p = 0, where p times an infinite logit would be NaN.
             probs = scaled.sub_(log_normalizer[rows, None]).exp_()
             entropy[rows] = torch.special.entr(probs).sum(dim=-1)
-        ctx.save_for_backward(logits, target_ids, log_normalizer)
+        ctx.save_for_backward(logits, target_ids, log_normalizer, bounds)
         ctx.temperature, ctx.max_chunk_elements = temperature, max_chunk_elements
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logprobs: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        logits, target_ids, log_normalizer = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprobs: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, target_ids, log_normalizer, bounds = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         for rows in _row_chunks(logits, ctx.max_chunk_elements):
             # d logprob / d logits = (onehot(target) - softmax) / temperature
             scaled = logits[rows].to(log_normalizer.dtype) / ctx.temperature
+            if bounds is not None:
+                cut_(scaled, bounds[rows], target_ids[rows], _everywhere(target_ids[rows]))
             probs = scaled.sub_(log_normalizer[rows, None]).exp_()
             row_scale = (grad_logprobs[rows] / ctx.temperature)[:, None]
             grad = probs.mul_(-row_scale).scatter_add_(1, target_ids[rows, None], row_scale)
             grad_logits[rows] = grad.to(logits.dtype)
-        return grad_logits, None, None, None
+        return grad_logits, None, None, None, None
+
+
+def _everywhere(target_ids: torch.Tensor) -> torch.Tensor:
+    """Mark all rows: each one's target is among the columns, which are the whole vocabulary."""
+    return torch.ones_like(target_ids, dtype=torch.bool)
 
 
 def _row_chunks(logits: torch.Tensor, max_elements: int) -> Iterator[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -12,6 +13,8 @@ from shoal.algorithm.metrics import ObjectiveMetrics, masked_max, masked_min, ma
 from shoal.algorithm.ratios import CorrectionMode, RolloutCorrection, rollout_correction
 from shoal.errors import ConfigError
 from shoal.types import MicroBatch
+
+OldFrom: TypeAlias = Literal["policy", "rollout"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,9 @@ class ObjectiveSettings:
         beta: Weight of the KL term; 0 for none.
         use_bias_correction_kl: Whether the KL term is multiplied by the importance ratio.
         correction: How engine and trainer are reconciled; None for not at all.
+        old_from: Whose logprobs the ratio is taken against where none are given: the policy's own, or the engine's.
+            The latter holds the whole way from engine to policy within the clipping range, so a correction for the
+            engine's part of it would count that twice.
     """
 
     loss_type: str
@@ -46,6 +52,7 @@ class ObjectiveSettings:
     beta: float
     use_bias_correction_kl: bool
     correction: CorrectionSettings | None
+    old_from: OldFrom = "policy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +86,21 @@ def grpo_objective(
         micro_batch: The micro-batch.
         policy_logprobs: `[N]`, with gradient.
         old_logprobs: `[N]`, the trainer's before any update on this step's rollouts; None when there was no update
-            yet, so that they are the policy's.
+            yet, so that they are the policy's, and when they are the engine's.
         ref_logprobs: `[N]`, the reference model's; needed exactly when `beta` is not 0.
         settings: The user's choices.
         entropy: `[N]`, for the log only.
 
     Raises:
-        ConfigError: There is no such loss, or `beta` and `ref_logprobs` contradict each other.
+        ConfigError: There is no such loss, or the settings contradict one another or what is given.
     """
-    _check(settings, ref_logprobs)
+    _check(settings, ref_logprobs, old_logprobs)
     in_loss = micro_batch.loss_weights != 0
     # Multiplying by a weight of 0 would turn an infinite loss into NaN, so such tokens are neutralised first.
     policy = torch.where(in_loss, policy_logprobs, 0.0)
-    old = policy.detach() if old_logprobs is None else torch.where(in_loss, old_logprobs.detach(), 0.0)
     rollout = torch.where(in_loss, micro_batch.rollout_logprobs, 0.0)
+    trainer = policy.detach() if old_logprobs is None else torch.where(in_loss, old_logprobs.detach(), 0.0)
+    old = rollout if settings.old_from == "rollout" else trainer
 
     tokens = LOSSES[settings.loss_type].token_loss(
         policy, old, micro_batch.advantages, micro_batch.sequence_index, micro_batch.num_sequences, settings.loss
@@ -118,11 +126,11 @@ def grpo_objective(
 
     return Objective(
         loss=(micro_batch.loss_weights * token_loss).sum(),
-        metrics=_metrics(micro_batch, settings, tokens, old - rollout, correction, kl, entropy),
+        metrics=_metrics(micro_batch, settings, tokens, trainer - rollout, correction, kl, entropy),
     )
 
 
-def _check(settings: ObjectiveSettings, ref_logprobs: torch.Tensor | None) -> None:
+def _check(settings: ObjectiveSettings, ref_logprobs: torch.Tensor | None, old_logprobs: torch.Tensor | None) -> None:
     """Raise for settings that would fail later, or be ignored."""
     if settings.loss_type not in LOSSES:
         raise ConfigError(f"loss_type={settings.loss_type!r} is not a loss. Use one of {', '.join(sorted(LOSSES))}.")
@@ -131,6 +139,11 @@ def _check(settings: ObjectiveSettings, ref_logprobs: torch.Tensor | None) -> No
         raise ConfigError(
             f"beta={settings.beta}, but the reference model's logprobs {given}. The KL term needs both: pass "
             "ref_logprobs exactly when beta is not 0."
+        )
+    if settings.old_from == "rollout" and (settings.correction is not None or old_logprobs is not None):
+        raise ConfigError(
+            'old_logprobs="rollout" takes the ratio against the engine, so there is nothing to correct and no other '
+            "old policy. Turn the correction off and pass no old_logprobs."
         )
 
 

@@ -53,6 +53,11 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     max_completion_length: int = setting(512, "Most tokens of a completion.")
     shuffle_dataset: bool = setting(True, "Take prompts in random order, fixed by data_seed or seed.")
     temperature: float = setting(1.0, "Sampling temperature, for engines and for the trainer's logprobs.")
+    top_p: float = setting(1.0, "Sample from the most likely tokens that together reach this probability; 1: from all.")
+    top_k: int | None = setting(0, "Sample from the so many most likely tokens; 0: from all.")
+    min_p: float | None = setting(
+        None, "Sample from tokens of at least this share of the most likely one's probability. Unset: from all."
+    )
     eval_temperature: float | None = setting(None, "Temperature in evaluation. Unset: temperature; 0: greedy.")
     chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Arguments for the chat template, as JSON.")
     generation_batch_size: int | None = setting(None, "Completions written at once: those of one optimizer step.")
@@ -85,8 +90,21 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     )
     vllm_importance_sampling_clip_max: float | None = setting(3.0, "Upper bound of the correcting ratio.")
     vllm_importance_sampling_clip_min: float | None = setting(None, "Lower bound of the correcting ratio.")
+    old_logprobs: str = setting(
+        "policy", "The ratio's old logprobs: the policy's own, or rollout: the engines', with no correction besides."
+    )
+    skip_zero_advantages: bool | None = setting(
+        None,
+        "Run no forward pass over completions whose advantage is exactly 0; metrics of the policy then are over the "
+        "others. Unset: where beta is 0.",
+    )
+    fused_logprobs: bool | None = setting(
+        None, "Compute logprobs from hidden states, without logits. Unset: where the model's head allows it."
+    )
     max_tokens_per_micro_batch: int | None = setting(
-        None, "Most tokens of a packed forward pass. Unset: per_device_train_batch_size sequences of full length."
+        None,
+        "Most tokens of a packed forward pass. Unset: what fits the GPU's free memory by estimate; on CPUs, "
+        "per_device_train_batch_size sequences of full length.",
     )
 
     # Engines

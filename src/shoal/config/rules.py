@@ -22,6 +22,7 @@ _CHOICES = {
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "scale_rewards": ("group", "batch", "none"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "old_logprobs": ("policy", "rollout"),
     "vllm_model_impl": ("vllm", "transformers"),
     "vllm_dtype": (None, "auto", "float32", "bfloat16", "float16"),
     "reward_on_error": ("raise", "drop"),
@@ -176,6 +177,17 @@ def temperatures_fit(config: GRPOConfig) -> None:
         raise ConfigError(f"eval_temperature={config.eval_temperature} is no temperature. Set it to 0 or more.")
 
 
+def filters_leave_tokens(config: GRPOConfig) -> None:
+    """Refuse sampling filters that leave nothing, or nothing to choose from."""
+    if config.top_p is None or not 0 < config.top_p <= 1:
+        raise ConfigError(f"top_p={config.top_p} is no probability to reach. Set it above 0 and up to 1; 1 is off.")
+    if config.top_k is not None and (config.top_k < -1 or config.top_k == 1):
+        why = "leaves one token, so that all completions of a prompt are the same" if config.top_k == 1 else "is none"
+        raise ConfigError(f"top_k={config.top_k} {why}. Set it to 2 or more, or to 0 for all tokens.")
+    if config.min_p is not None and not 0 <= config.min_p < 1:
+        raise ConfigError(f"min_p={config.min_p} leaves no choice of tokens. Set it from 0 (off) to below 1.")
+
+
 def clipping_leaves_room(config: GRPOConfig) -> None:
     """Refuse clipping ranges that no ratio, or not even the ratio 1, can lie in."""
     if not config.epsilon > 0:
@@ -206,6 +218,25 @@ def correction_bounds_fit(config: GRPOConfig) -> None:
         raise ConfigError(
             f"vllm_importance_sampling_mode={mode!r} has nothing to truncate at: both bounds are unset. "
             "Set vllm_importance_sampling_clip_max, as 3.0."
+        )
+
+
+def nothing_is_corrected_twice(config: GRPOConfig) -> None:
+    """Refuse a correction towards the engine where the ratio is taken against the engine already."""
+    if config.old_logprobs == "rollout" and config.vllm_importance_sampling_correction:
+        raise ConfigError(
+            'old_logprobs="rollout" takes the ratio of the loss against the engines, and '
+            "vllm_importance_sampling_correction=True would weigh by the gap to them once more. Set "
+            'vllm_importance_sampling_correction=False, or old_logprobs="policy".'
+        )
+
+
+def skipped_completions_teach_nothing(config: GRPOConfig) -> None:
+    """Refuse to skip completions that still have a KL term."""
+    if config.skip_zero_advantages and config.beta != 0:
+        raise ConfigError(
+            f"skip_zero_advantages=True would leave out the KL term of completions with advantage 0, which beta="
+            f"{config.beta} gives a gradient. Unset skip_zero_advantages, or set beta=0."
         )
 
 
@@ -296,8 +327,11 @@ RULES: tuple[Callable[[GRPOConfig], None], ...] = (
     batches_are_used_once,
     engines_generate,
     temperatures_fit,
+    filters_leave_tokens,
     clipping_leaves_room,
     correction_bounds_fit,
+    nothing_is_corrected_twice,
+    skipped_completions_teach_nothing,
     weights_are_numbers,
     workers_can_be_counted,
     engine_settings_fit,

@@ -15,8 +15,8 @@ from shoal.config.setting import setting
 from shoal.errors import ConfigError
 
 _ONE_DISTRIBUTION = (
-    "Engines must sample from the whole distribution: the trainer computes logprobs over the full vocabulary, and "
-    "with a filter or penalty the engine's would refer to another distribution, so every ratio would be wrong."
+    "The trainer computes logprobs under temperature, top_k, top_p and min_p; with another filter or penalty the "
+    "engine's would refer to another distribution, so every ratio would be wrong."
 )
 _OTHER_LOSS = "It belongs to a loss_type that Shoal does not have yet."
 _NO_ENTROPY = "Entropy terms are not part of Shoal's losses yet."
@@ -28,10 +28,8 @@ _LATER = "Not supported yet."
 # Values that ask for the same as the default.
 _EQUIVALENT: dict[str, tuple[object, ...]] = {
     "generation_kwargs": ({},),
-    "min_p": (0, 0.0),
     "pad_to_multiple_of": (None,),
     "router_aux_loss_coef": (0, 0.0),
-    "top_k": (-1, None),
 }
 
 
@@ -43,9 +41,6 @@ class TrlOnlyFields:
     cast_lm_head_to_fp32: bool = setting(False, "Logprobs are computed in float32 from the logits as they are.")
     ds3_gather_for_generation: bool = setting(True, "Weights always go to the engines whole.")
     pad_to_multiple_of: int | str | None = setting("auto", "Sequences are packed and never padded.")
-    top_p: float = setting(1.0, _ONE_DISTRIBUTION)
-    top_k: int = setting(0, _ONE_DISTRIBUTION)
-    min_p: float | None = setting(None, _ONE_DISTRIBUTION)
     repetition_penalty: float = setting(1.0, _ONE_DISTRIBUTION)
     generation_kwargs: dict[str, Any] | str | None = setting(None, _ONE_DISTRIBUTION)
     cache_implementation: str | None = setting(None, _NO_TRANSFORMERS)

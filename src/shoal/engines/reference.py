@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.types import EngineReport, FinishReason, Rollout, RolloutRequest
+from shoal.algorithm.truncation import Truncation, support_bounds
+from shoal.types import EngineReport, FinishReason, Rollout, RolloutRequest, SamplingSettings
 
 
 class ReferenceEngine:
@@ -53,7 +54,7 @@ class ReferenceEngine:
         finish_reason: FinishReason = "length"
         while len(tokens) < request.sampling.max_tokens:
             logits = self._model(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].double()
-            token, logprob = _sample(logits.cpu(), request.sampling.temperature, random)
+            token, logprob = _sample(logits.cpu(), request.sampling, random)
             ids.append(token)
             tokens.append(token)
             logprobs.append(logprob)
@@ -69,12 +70,16 @@ class ReferenceEngine:
         )
 
 
-def _sample(logits: torch.Tensor, temperature: float, random: np.random.Generator) -> tuple[int, float]:
-    if temperature == 0:
+def _sample(logits: torch.Tensor, sampling: SamplingSettings, random: np.random.Generator) -> tuple[int, float]:
+    if sampling.temperature == 0:
         logprobs = torch.log_softmax(logits, dim=-1)
         token = int(logprobs.argmax())
         return token, float(logprobs[token])
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    logits = logits / sampling.temperature
+    truncation = Truncation(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+    if not truncation.is_off:
+        logits = logits.masked_fill(logits <= support_bounds(logits[None], truncation), -torch.inf)
+    logprobs = torch.log_softmax(logits, dim=-1)
     cumulative = logprobs.exp().cumsum(0)
     token = int(torch.searchsorted(cumulative, random.random() * float(cumulative[-1]), right=True))
     token = min(token, len(logprobs) - 1)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from shoal.algorithm.logprobs import TokenLogprobs, token_logprobs
+from shoal.algorithm.truncation import Truncation
+from shoal.trainer.attention import boundaries
+from shoal.trainer.logprob_head import HeadRequest, HeadSwitch, read_answer
 from shoal.types import MicroBatch
 
 # In units of the logits' standard deviation. What is masked contributes exact zeros, so the first bound is for kernels
@@ -18,7 +22,14 @@ _SAME_COMPUTATION = 0.1
 
 
 def packed_logprobs(
-    model: nn.Module, micro_batch: MicroBatch, *, temperature: float, keeps_logits: bool
+    model: nn.Module,
+    micro_batch: MicroBatch,
+    *,
+    temperature: float,
+    keeps_logits: bool,
+    truncation: Truncation | None = None,
+    head: HeadSwitch | None = None,
+    takes_boundaries: bool = False,
 ) -> TokenLogprobs:
     """Return the policy's logprob and entropy at each completion token.
 
@@ -31,18 +42,38 @@ def packed_logprobs(
         micro_batch: On the model's device.
         temperature: By which logits are divided, as in the engine.
         keeps_logits: Whether the model takes `logits_to_keep`, see `takes_logits_to_keep`.
+        truncation: What the engine cuts off before it samples.
+        head: To have the model's LM head answer without logits; None for the logits.
+        takes_boundaries: Whether its attention can be told where sequences begin, see `attention.takes_boundaries`.
     """
     keywords: dict[str, Any] = {"logits_to_keep": micro_batch.predictor_positions} if keeps_logits else {}
+    if takes_boundaries:
+        keywords |= boundaries(micro_batch.position_ids)
+    if head is None:
+        logits = _call(model, micro_batch, keywords)
+        if not keeps_logits:
+            logits = logits[micro_batch.predictor_positions]
+        return token_logprobs(logits, micro_batch.target_ids, temperature, truncation=truncation)
+    request = HeadRequest(
+        target_ids=micro_batch.target_ids,
+        positions=None if keeps_logits else micro_batch.predictor_positions,
+        temperature=temperature,
+        truncation=truncation,
+    )
+    with head.asking(request):
+        return read_answer(_call(model, micro_batch, keywords), head.form)
+
+
+def _call(model: nn.Module, micro_batch: MicroBatch, keywords: Mapping[str, Any]) -> torch.Tensor:
+    """Call the model and return its logits: `[N, V]`, or `[T, V]` if it cannot keep some."""
     output = model(
         input_ids=micro_batch.input_ids[None],
         position_ids=micro_batch.position_ids[None],
         use_cache=False,
         **keywords,
     )
-    logits = output.logits[0]
-    if not keeps_logits:
-        logits = logits[micro_batch.predictor_positions]
-    return token_logprobs(logits, micro_batch.target_ids, temperature)
+    logits: torch.Tensor = output.logits[0]
+    return logits
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from shoal.engines.fleet import StartProgress
 from shoal.errors import ConfigError, NoEngineError
 from shoal.observe.ledger import TimeLedger
 from shoal.rollout.collector import GroupRequest
+from shoal.trainer.attention import takes_boundaries
 from shoal.trainer.checkpoints import is_complete, last_complete_checkpoint
 from shoal.trainer.checks import check_disk, longest_prompt
 from shoal.trainer.engine_side import EngineSide, Sources
@@ -43,7 +44,7 @@ from shoal.trainer.factory import (
     start_rollouts,
     write_engine_adapter,
 )
-from shoal.trainer.forward import packed_logprobs, packs_exactly, takes_logits_to_keep
+from shoal.trainer.forward import packs_exactly
 from shoal.trainer.groups import num_tokens, training_sequences
 from shoal.trainer.judge import Judge
 from shoal.trainer.model import (
@@ -56,6 +57,7 @@ from shoal.trainer.model import (
     read_config,
     stop_token_ids,
 )
+from shoal.trainer.policy_logprobs import PolicyLogprobs
 from shoal.trainer.progress import print_start_progress
 from shoal.trainer.record import RunRecord
 from shoal.trainer.reference import ReferencePolicy
@@ -67,8 +69,17 @@ from shoal.trainer.sharding import (
     gradient_exchange,
     whole_state_dict,
 )
-from shoal.trainer.step import micro_batches_of_rank, objective_settings, spread, to_device
+from shoal.trainer.step import (
+    micro_batches_of_rank,
+    objective_settings,
+    sampling_filters,
+    skips_zero_advantages,
+    spread,
+    to_device,
+    truncation,
+)
 from shoal.trainer.step_log import StepLog
+from shoal.trainer.token_budget import bytes_to_come, free_gpu_bytes, pass_shape, tokens_that_fit
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
 from shoal.types import Sequence as TrainingSequence
 from shoal.weights.publisher import WeightPublisher
@@ -143,12 +154,17 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             model_bytes=num_parameter_bytes(policy),
             saves_optimizer=args.save_strategy != "no" and not args.save_only_model,
         )
+        self._logprobs = PolicyLogprobs(
+            policy, temperature=args.temperature, truncation=truncation(args), fused=args.fused_logprobs
+        )
         self._reference = (
-            ReferencePolicy(policy, reload=(lambda: load_policy(model, args)) if isinstance(model, str) else None)
+            ReferencePolicy(
+                policy,
+                reload=(lambda: self._logprobs.adapt(load_policy(model, args))) if isinstance(model, str) else None,
+            )
             if args.beta > 0
             else None
         )
-        self._keeps_logits = takes_logits_to_keep(policy)
         self._stop_token_ids = stop_token_ids(policy, tokenizer)
         self._objective = objective_settings(args)
         self._step_log = StepLog()
@@ -185,9 +201,11 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         check_precision(self.accelerator, args)
         if self._reference is not None:
             self._reference.shard(self.accelerator)
+        self._measures_memory = args.max_tokens_per_micro_batch is None and args.device.type == "cuda"
         self._max_tokens: int | None = None  # found in the first step: a divided model is tried by all ranks together
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(policy)):
-            self._max_tokens = self._token_budget(self._exchange.json(lambda: packs_exactly(policy)))
+            with self.accelerator.autocast():  # some attention works in 16 bits only
+                self._max_tokens = self._token_budget(self._exchange.json(lambda: packs_exactly(policy)))
         self.add_callback(_StepEnd(self))
 
     # ---- what transformers calls ----
@@ -232,12 +250,15 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         sequences = self._exchange.sequences(self._engines.during(self._write_step))
         self._step_is_empty = not any(sequence.in_loss for sequence in sequences)
         self._train_began = time.monotonic()
+        if self._measures_memory:
+            self._max_tokens, self._measures_memory = self._fitting_tokens(), False
         micro_batches = micro_batches_of_rank(
             sequences,
             loss_type=self.args.loss_type,
             rank=self.args.process_index,
             num_ranks=self.args.world_size,
             max_tokens=self._max_tokens,
+            skip_zero_advantages=skips_zero_advantages(self.args),
         )
         return spread(micro_batches, len(ticks)), None
 
@@ -248,6 +269,12 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
+        self._logprobs.decide(
+            model,
+            vocabulary=int(self.accelerator.unwrap_model(model).get_input_embeddings().num_embeddings),
+            device=self.args.device,
+            all_agree=lambda agrees: not int(self._exchange.sum(torch.tensor([0 if agrees else 1]))),
+        )
         total = torch.zeros((), device=self.args.device)
         ends_step = self.accelerator.sync_gradients  # as transformers has set it for the whole call
         for index, micro_batch in enumerate(inputs):
@@ -272,19 +299,17 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         """
         if return_outputs:
             raise NotImplementedError("GRPOTrainer computes logprobs only and keeps no outputs")
-        temperature = self.args.temperature
         ref_logprobs = None
         if self._reference is not None:
             reference, context = self._reference.model(model, self.accelerator.unwrap_model(model))
             with torch.no_grad(), context:
-                ref_logprobs = packed_logprobs(
-                    reference, inputs, temperature=temperature, keeps_logits=self._keeps_logits
-                ).logprobs
-        policy = packed_logprobs(model, inputs, temperature=temperature, keeps_logits=self._keeps_logits)
+                ref_logprobs = self._logprobs.of_reference(reference, inputs)
+        policy = self._logprobs.of_policy(model, inputs)
         objective = grpo_objective(
             inputs,
             policy.logprobs,
-            # Each batch is trained on once, so the policy that is being differentiated is the old one too.
+            # Each batch is trained on once, so the policy that is being differentiated is the old one too, unless
+            # the engine is to be.
             old_logprobs=None,
             ref_logprobs=ref_logprobs,
             settings=self._objective,
@@ -398,6 +423,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
                 temperature=temperature,
                 max_tokens=self.args.max_completion_length,
                 stop_token_ids=self._stop_token_ids,
+                **sampling_filters(self.args),
             ),
             seed=lambda prompt, sample: sample_seed(self.args.seed, seed_step, prompt.row, sample),
             step=self.state.global_step,
@@ -505,7 +531,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
     def _packs_in_parts(self) -> bool:
         """Whether packed sequences are kept apart by a model that ranks hold in parts. All ranks call it."""
         unwrapped = self.accelerator.unwrap_model(self.model)
-        packs = packs_exactly(unwrapped, wrapped=self.model_wrapped, device=self.args.device)
+        with self.accelerator.autocast():  # some attention works in 16 bits only
+            packs = packs_exactly(unwrapped, wrapped=self.model_wrapped, device=self.args.device)
         return bool(self._exchange.json(lambda: packs))
 
     def _token_budget(self, packs: bool) -> int:
@@ -518,7 +545,23 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             "That is right but slow.",
             type(self.accelerator.unwrap_model(self.model)).__name__,
         )
+        self._measures_memory = False
         return 1
+
+    def _fitting_tokens(self) -> int:
+        """Find the largest token budget that fits every rank's GPU. A collective."""
+        model = self.accelerator.unwrap_model(self.model)
+        shape = pass_shape(
+            model.config,
+            element_bytes=2 if self.args.bf16 or self.args.fp16 else next(model.parameters()).element_size(),
+            checkpointing=self.args.gradient_checkpointing,
+            fused=self._logprobs.is_fused,
+            has_boundaries=takes_boundaries(model),
+        )
+        free = free_gpu_bytes(self.args.device) - bytes_to_come(model, self.optimizer)
+        tokens = max(min(self._exchange.gather_json(tokens_that_fit(shape, free))), self._max_sequence())
+        logger.info("max_tokens_per_micro_batch=%d, from the memory that is free", tokens)
+        return tokens
 
     def _max_prompt_tokens(self) -> int:
         return self._max_sequence() - int(self.args.max_completion_length)

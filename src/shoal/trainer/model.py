@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from shoal.config import GRPOConfig
 from shoal.errors import ConfigError
+from shoal.trainer.attention import VARLEN, choose_attention, find_available, register_varlen, varlen_kernel
 from shoal.wire.plan import dtype_name
 
 
@@ -16,7 +23,8 @@ def load_policy(model: str | nn.Module, args: GRPOConfig) -> nn.Module:
     """Return the model to train; a string is a folder or a hub id.
 
     A model given as a string is loaded in float32 unless `model_init_kwargs` says otherwise: with `bf16=True` the
-    forward pass runs in bfloat16, and the optimizer adds small updates to full-precision weights.
+    forward pass runs in bfloat16, and the optimizer adds small updates to full-precision weights. On GPUs its attention
+    is one that knows variable lengths, if there is any (`choose_attention`), unless `model_init_kwargs` names one.
     """
     if not isinstance(model, str):
         if args.model_init_kwargs:
@@ -26,6 +34,9 @@ def load_policy(model: str | nn.Module, args: GRPOConfig) -> nn.Module:
             )
         return _prepared(model, args)
     keywords = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **_init_kwargs(args)}
+    if "attn_implementation" not in keywords:
+        chosen = _attention(read_config(model, args), str(keywords["dtype"]), args)
+        keywords |= {"attn_implementation": chosen} if chosen else {}
     return _prepared(AutoModelForCausalLM.from_pretrained(model, **keywords), args)
 
 
@@ -82,6 +93,23 @@ def compute_dtype(model: nn.Module, args: GRPOConfig) -> str:
 
 def _init_kwargs(args: GRPOConfig) -> dict[str, Any]:
     return dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # text was parsed by the settings' checks
+
+
+def _attention(config: Any, dtype: str, args: GRPOConfig) -> str | None:
+    """Choose the attention of a model that is about to be loaded, and make transformers know it."""
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    available = find_available()
+    name = choose_attention(
+        config,
+        classes[0] if isinstance(classes, tuple | list) else classes,
+        device_type=args.device.type,
+        computes_in_16_bits=bool(args.bf16 or args.fp16) or dtype.removeprefix("torch.") in ("bfloat16", "float16"),
+        available=available,
+    )
+    kernel = varlen_kernel() if name == VARLEN else None
+    if kernel is not None:
+        register_varlen(kernel)
+    return name
 
 
 def _prepared(model: nn.Module, args: GRPOConfig) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 
 from shoal.algorithm.losses import LOSSES, LossSettings
 from shoal.algorithm.objective import CorrectionSettings, ObjectiveSettings
+from shoal.algorithm.truncation import Truncation
 from shoal.config import GRPOConfig
 from shoal.data.micro_batch import build_filler, build_micro_batch
 from shoal.data.packing import plan_micro_batches
@@ -18,7 +19,13 @@ from shoal.types import MicroBatch, Sequence
 
 
 def micro_batches_of_rank(
-    sequences: abc.Sequence[Sequence], *, loss_type: str, rank: int, num_ranks: int, max_tokens: int
+    sequences: abc.Sequence[Sequence],
+    *,
+    loss_type: str,
+    rank: int,
+    num_ranks: int,
+    max_tokens: int,
+    skip_zero_advantages: bool = False,
 ) -> list[MicroBatch]:
     """Return one rank's micro-batches of a step, on the CPU.
 
@@ -30,14 +37,21 @@ def micro_batches_of_rank(
         rank: This rank.
         num_ranks: Of all trainer processes.
         max_tokens: Budget of a micro-batch.
+        skip_zero_advantages: Whether a sequence is left out whose loss is 0 whatever the policy, as that of an
+            advantage of exactly 0 is without a KL term. It still counts in the denominators.
     """
     weights = LOSSES[loss_type].token_weights(
         np.array([sequence.num_targets for sequence in sequences], dtype=np.int64),
         np.array([sequence.in_loss for sequence in sequences], dtype=np.bool_),
     )
-    plan = plan_micro_batches([len(sequence.token_ids) for sequence in sequences], num_ranks, max_tokens)
+    used = [
+        index
+        for index, sequence in enumerate(sequences)
+        if not skip_zero_advantages or (sequence.advantage != 0 and weights[index] != 0)
+    ]
+    plan = plan_micro_batches([len(sequences[i].token_ids) for i in used], num_ranks, max_tokens)
     return [
-        build_micro_batch([sequences[i] for i in indices], [float(weights[i]) for i in indices])
+        build_micro_batch([sequences[used[i]] for i in indices], [float(weights[used[i]]) for i in indices])
         if indices
         else build_filler(sequences)
         for indices in plan[rank]
@@ -64,6 +78,16 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     return replace(micro_batch, **moved)
 
 
+def sampling_filters(args: GRPOConfig) -> dict[str, Any]:
+    """Return what the settings cut off before sampling, in one form for engines and trainer."""
+    return {"top_k": max(args.top_k or 0, 0), "top_p": args.top_p, "min_p": args.min_p or 0.0}
+
+
+def truncation(args: GRPOConfig) -> Truncation:
+    """Return the same for the trainer's logprobs."""
+    return Truncation(**sampling_filters(args))
+
+
 def objective_settings(args: GRPOConfig) -> ObjectiveSettings:
     """Return what the settings say about the loss."""
     return ObjectiveSettings(
@@ -83,4 +107,10 @@ def objective_settings(args: GRPOConfig) -> ObjectiveSettings:
         )
         if args.vllm_importance_sampling_correction
         else None,
+        old_from=args.old_logprobs,  # type: ignore[arg-type]
     )
+
+
+def skips_zero_advantages(args: GRPOConfig) -> bool:
+    """Whether completions that can teach nothing are left out of the forward passes."""
+    return args.beta == 0 if args.skip_zero_advantages is None else args.skip_zero_advantages
