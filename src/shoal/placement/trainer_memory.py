@@ -1,9 +1,9 @@
 """What a trainer process keeps on its device, part by part, at the moment when it is most.
 
 The weights are float32 and so are gradients and Adam's two moments; with `precision="bf16"` autocast computes in
-bfloat16 (`trainer/model.py`, `trainer/forward.py`). The bytes of a block are those of the tensors that autograd keeps
-in transformers 5.19, found by listing them; `tests/placement/test_memory_measured.py` compares all this with the peak of
-real training steps.
+bfloat16 (`trainer/model.py`, `trainer/forward.py`). The bytes of a block are those of the tensors that autograd
+keeps in transformers 5.19, found by listing them; `tests/placement/test_memory_measured.py` compares all this with the
+peak of real training steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ Precision: TypeAlias = Literal["bf16", "fp32"]
 _FLOAT, _HALF = 4, 2
 _ADAM_BYTES = 2 * _FLOAT
 MAX_CHUNK_ELEMENTS = 1 << 25  # of algorithm/logprobs.py, which this room may not import
-_CHUNK_BYTES = 2 * _FLOAT  # the chunk divided by the temperature, and its exponentials
 _MASK_BYTES = 1 + _FLOAT  # booleans, and what scaled_dot_product_attention turns them into
 _IN_FLIGHT_BLOCKS = 2  # FSDP2 gathers the next block while one computes
 
@@ -80,7 +79,7 @@ class TrainerMemory:
         gradients: With DDP's buckets, where there are several processes.
         optimizer: Adam's moments, and ZeRO's float32 weights.
         activations: What the backward pass needs of the forward pass, and what it makes of it.
-        logprobs: Logits, their gradient and the chunk that is worked on.
+        logprobs: Logits, their gradient, the chunk that is worked on, and a new gradient of the output's matrix.
     """
 
     weights: int
@@ -104,9 +103,9 @@ class TrainerMemory:
 def estimate_trainer_memory(model: Architecture, setup: TrainerSetup) -> TrainerMemory:
     """Estimate one trainer's memory.
 
-    A step is most either at the end of the forward pass, or when the logits are differentiated, or in the backward pass
-    of the last block; what is returned belongs to that moment. Gradients are there at all of them: they add up over
-    a step's micro-batches.
+    A step is most either at the end of the forward pass, or when the logits or their matrix are differentiated,
+    or in the backward pass of the last block, or in that of the embedding; what is returned belongs to that moment.
+    Gradients are there at all of them: they add up over a step's micro-batches.
     """
     weights, gradients, optimizer = _held(model, setup)
     head, block = _logprobs(model, setup), _block_backward(model, setup)
@@ -116,7 +115,9 @@ def estimate_trainer_memory(model: Architecture, setup: TrainerSetup) -> Trainer
     moments = (
         (all_copies, kept + final, logits_of_forward),
         (kept_copies, kept + final, head),
+        (kept_copies, kept + final, _output_matrix(model, setup)),
         (kept_copies, kept + block, 0),
+        (0, 0, _FLOAT * model.embedding_parameters if setup.method == "full" else 0),
     )
     copies, activations, logprobs = max(moments, key=sum)
     return TrainerMemory(
@@ -134,8 +135,8 @@ def saved_bytes_per_token(model: Architecture, setup: TrainerSetup) -> int:
     hidden, query, kv, norms = model.hidden, model.query_width, model.kv_width, model.norms_per_block
     compute = setup.compute_bytes
     # Normalisations compute in float32; what they normalised is kept for the gradient of their weights. Autocast casts
-    # what comes out of them once for each matrix; in a model that is bfloat16 throughout the residual stream is too, and
-    # the matrices share one output.
+    # what comes out of them once for each matrix; in a model that is bfloat16 throughout the residual stream is too,
+    # and the matrices share one output.
     trains_norms = setup.method == "full"
     if setup.casts_weights:
         per_norm = (_FLOAT + _FLOAT * trains_norms) * hidden
@@ -156,9 +157,9 @@ def _held(model: Architecture, setup: TrainerSetup) -> tuple[int, int, int]:
     frozen = total if setup.method == "lora" else 0
     ranks = setup.num_ranks
     if setup.sharding == "zero3" and setup.precision == "bf16":
-        # 18 bytes a parameter: bfloat16 weights and gradients, float32 weights, moments and gradient (DeepSpeed's
-        # estimate_zero3_model_states_mem_needs).
-        held = _HALF * (frozen + trainable), (_HALF + _FLOAT) * trainable, (_FLOAT + _ADAM_BYTES) * trainable
+        # 18 bytes a parameter: bfloat16 weights; float32 gradients, weights and moments (DeepSpeed's
+        # estimate_zero3_model_states_mem_needs_all_live).
+        held = _HALF * (frozen + trainable), _FLOAT * trainable, (_FLOAT + _ADAM_BYTES) * trainable
     else:
         held = _FLOAT * (frozen + trainable), _FLOAT * trainable, _ADAM_BYTES * trainable
     if setup.sharding == "ddp":
@@ -217,13 +218,21 @@ def _final_norm(model: Architecture, setup: TrainerSetup) -> int:
 
 
 def _logprobs(model: Architecture, setup: TrainerSetup) -> int:
-    """Return what is there while logits are differentiated."""
+    """Return what is there while logits are differentiated: they, their gradient, and a chunk of the softmax."""
     elements = _logit_elements(model, setup)
-    chunk = _CHUNK_BYTES * min(elements, max(MAX_CHUNK_ELEMENTS, model.vocabulary))
+    chunk = _FLOAT * min(elements, max(MAX_CHUNK_ELEMENTS, model.vocabulary))
     if not setup.keeps_logits:
-        return chunk
-    # accelerate makes float32 of the model's outputs; the gradient is as large, and bfloat16's comes on top.
+        return 2 * chunk
+    # accelerate makes float32 of the model's outputs.
     return 2 * _FLOAT * elements + chunk
+
+
+def _output_matrix(model: Architecture, setup: TrainerSetup) -> int:
+    """Return what is there while the gradient of the logits becomes that of the matrix, before it is added up."""
+    logits = _FLOAT * _logit_elements(model, setup) if setup.keeps_logits else 0
+    cast = _HALF if setup.casts_weights else 0
+    matrix = (_FLOAT + cast) * model.embedding_parameters if setup.method == "full" else 0
+    return logits + (cast * _logit_elements(model, setup) if setup.keeps_logits else 0) + matrix
 
 
 def _logit_elements(model: Architecture, setup: TrainerSetup) -> int:
