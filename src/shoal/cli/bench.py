@@ -7,9 +7,10 @@ import logging
 import os
 from pathlib import Path
 
+from shoal.cli.bench_step import add_step_arguments, run_step
 from shoal.errors import ConfigError
 
-_SHAPES = ("tiny", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b")
+_SHAPES = ("tiny", "qwen3-0.6b", "qwen3-1.4b", "qwen3-1.7b", "qwen3-8b")
 _SOURCES = ("plain", "lora-merged", "adapter", "ddp", "fsdp2")
 
 
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_rollouts_arguments(
         benchmarks.add_parser("rollouts", help="how near dispatch comes to what no dispatch can beat, by simulation")
     )
+    add_step_arguments(benchmarks.add_parser("step", help="seconds of whole steps, by phase, beside TRL's"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: The layout does not fit the machine, or leaves nothing to simulate.
     """
+    if args.benchmark == "step":
+        return run_step(args)
     return _run_rollouts(args) if args.benchmark == "rollouts" else _run_weights(args)
 
 

@@ -43,7 +43,8 @@ class Subcommand:
 
 SUBCOMMANDS = {
     "bench": Subcommand(
-        help="measure how fast weights reach the engines, or simulate rollouts", module="shoal.cli.bench"
+        help="measure whole steps beside TRL, how fast weights reach the engines, or simulate rollouts",
+        module="shoal.cli.bench",
     ),
     "demo": Subcommand(help="train a small model in minutes, on this machine as it is", module="shoal.cli.demo"),
     "plan": Subcommand(help="show which devices would train and which would generate", module="shoal.cli.plan"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.rollout.pool import EnginePool
 from shoal.rollout.tasks import gather_or_cancel
@@ -29,6 +29,7 @@ class GroupRequest:
         sampling: How to sample.
         seed: Seed of each sample.
         step: The optimizer step that it is for; samples of an older one go first.
+        max_tokens: Of the n-th sample of a prompt, where they differ; None for that of `sampling`.
     """
 
     prompts: tuple[Prompt, ...]
@@ -36,6 +37,13 @@ class GroupRequest:
     sampling: SamplingSettings
     seed: Seed
     step: int = 0
+    max_tokens: Callable[[Prompt, int], int] | None = None
+
+    def sampling_of(self, prompt: Prompt, sample: int) -> SamplingSettings:
+        """Return how one sample is to be taken."""
+        if self.max_tokens is None:
+            return self.sampling
+        return replace(self.sampling, max_tokens=self.max_tokens(prompt, sample))
 
 
 class RolloutCollector:
@@ -66,7 +74,9 @@ class RolloutCollector:
         rollouts = await self._pool.generate_group(
             [
                 RolloutRequest(
-                    prompt_token_ids=prompt.token_ids, seed=request.seed(prompt, sample), sampling=request.sampling
+                    prompt_token_ids=prompt.token_ids,
+                    seed=request.seed(prompt, sample),
+                    sampling=request.sampling_of(prompt, sample),
                 )
                 for sample in range(request.num_generations)
             ],
