@@ -58,17 +58,36 @@ def end_group(child: subprocess.Popen[bytes]) -> None:
     """End a process that leads its own group, and all below it, also those that have left the group."""
     members = _family(child.pid)
     _signal_group(child, signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE_S
-    while any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members):
-        child.poll()
-        if time.monotonic() > deadline:
-            break
-        time.sleep(_POLL_S)
-    _signal_group(child, signal.SIGKILL)
     for member in members:
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
+    left = _wait_until_gone(child, members, _GRACE_S)
+    _signal_group(child, signal.SIGKILL)
+    for member in left:
         with suppress(psutil.NoSuchProcess):
             member.kill()
     child.wait()
+    _wait_until_gone(child, left, _GRACE_S)
+
+
+def _wait_until_gone(
+    child: subprocess.Popen[bytes], members: Sequence[psutil.Process], timeout_s: float
+) -> list[psutil.Process]:
+    """Wait until the processes have ended; return those that have not."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        child.poll()
+        living = [member for member in members if _lives(member)]
+        if not living or time.monotonic() > deadline:
+            return living
+        time.sleep(_POLL_S)
+
+
+def _lives(member: psutil.Process) -> bool:
+    try:
+        return bool(member.is_running() and member.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -59,7 +59,7 @@ def measured_from(settings: StepSettings, data: Mapping[str, Any], *, device_pea
         tokens=kept(data["tokens"]),
         peak_bytes=int(data["peak_bytes"]),
         device_peak_bytes=device_peak_bytes,
-        notes=tuple(data["notes"]),
+        notes=list(data["notes"]),
     )
 
 
@@ -117,8 +117,8 @@ class StepReport:
         lengths = f"16 to {most}" if settings.is_ragged else str(most)
         return (
             f"{settings.model_shape}, {settings.num_prompts} prompts of {settings.prompt_tokens} tokens x "
-            f"{settings.num_generations} completions of {lengths} tokens; {settings.layout}, {settings.num_ranks} trainer "
-            f"process(es), {settings.num_engines} engine(s) of {settings.tensor_parallel_size} on "
+            f"{settings.num_generations} completions of {lengths} tokens; {settings.layout}, {settings.num_ranks} "
+            f"trainer process(es), {settings.num_engines} engine(s) of {settings.tensor_parallel_size} on "
             f"{', '.join(sorted(set(self.device_names)))}; medians of {settings.steps} steps after "
             f"{settings.warmup_steps}"
         )
@@ -127,12 +127,13 @@ class StepReport:
         """Write one trainer's figures."""
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in found.phases.items())
         mfu = self.mfu(found)
+        share = "not known for this device" if mfu is None else f"{mfu:.1%}"
         return "\n".join(
             [
                 f"{name:<6} {found.step_s:8.2f} s a step ({phases})",
-                f"{'':<6} {self.tokens_per_s(found):8,.0f} completion tokens/s; MFU of the training part "
-                f"{'not known for this device' if mfu is None else f'{mfu:.1%}'}; peak memory {found.peak_bytes / _GIB:.2f}"
-                f" GiB of the trainer, {found.device_peak_bytes / _GIB:.2f} GiB in all",
+                f"{'':<6} {self.tokens_per_s(found):8,.0f} completion tokens/s; MFU of the training part {share}; "
+                f"peak memory {found.peak_bytes / _GIB:.2f} GiB of the trainer, {found.device_peak_bytes / _GIB:.2f} "
+                "GiB in all",
                 *(f"{'':<6} {note}" for note in found.notes),
             ]
         )

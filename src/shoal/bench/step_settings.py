@@ -132,14 +132,14 @@ def check_step(settings: StepSettings, num_gpus: int) -> None:
     longest, room = settings.prompt_tokens + settings.completion_tokens, SHAPES[settings.model_shape].max_tokens
     if longest > room:
         raise ConfigError(
-            f"prompts of {settings.prompt_tokens} and completions of {settings.completion_tokens} tokens do not fit into "
-            f"the {room} of {settings.model_shape}. Give fewer."
+            f"prompts of {settings.prompt_tokens} and completions of {settings.completion_tokens} tokens do not fit "
+            f"into the {room} of {settings.model_shape}. Give fewer."
         )
     per_forward = settings.num_ranks * settings.trl_micro_batch
     if settings.num_completions % settings.num_ranks or settings.num_completions % per_forward:
         raise ConfigError(
-            f"{settings.num_completions} completions of a step do not divide by {settings.num_ranks} trainer processes x "
-            f"{settings.trl_micro_batch} completions of a forward pass in TRL. Change one of them (--trl-micro-batch)."
+            f"{settings.num_completions} completions of a step do not divide by {settings.num_ranks} trainer processes "
+            f"x {settings.trl_micro_batch} completions of a forward pass in TRL. Change one (--trl-micro-batch)."
         )
     if settings.device == "cpu" and (settings.num_ranks > 1 or settings.layout == "colocated" or settings.sleeps):
         raise ConfigError(
@@ -149,8 +149,9 @@ def check_step(settings: StepSettings, num_gpus: int) -> None:
         raise ConfigError("--sharding fsdp2 is for several trainer processes. Give --ranks 2 or more.")
     if settings.num_gpus > num_gpus and settings.device == "cuda":
         raise ConfigError(
-            f"{settings.num_gpus} GPUs are needed ({settings.num_ranks} trainer processes, {settings.num_engines} engines "
-            f"of {settings.tensor_parallel_size}), and this process sees {num_gpus}. Give fewer, or --layout colocated."
+            f"{settings.num_gpus} GPUs are needed ({settings.num_ranks} trainer processes, {settings.num_engines} "
+            f"engines of {settings.tensor_parallel_size}), and this process sees {num_gpus}. Give fewer, or --layout "
+            "colocated."
         )
 
 

@@ -1,4 +1,4 @@
-"""Shoal's half of the step benchmark, in processes of its own: `python -m shoal.bench.step_shoal ANSWER FOLDER SETTINGS`."""
+"""Shoal's half of the step benchmark: `python -m shoal.bench.step_shoal ANSWER FOLDER SETTINGS`, on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's half of the step benchmark, in processes of its own: `python -m shoal.bench.step_trl ANSWER FOLDER SETTINGS [URL]`.
+"""TRL's half of the step benchmark: `python -m shoal.bench.step_trl ANSWER FOLDER SETTINGS [URL]`, on every rank.
 
 Written against TRL 1.16. With a URL it asks the server that was started there (`vllm_mode="server"`); without, it makes
 the engine in its own processes (`"colocate"`), or on CPUs generates with transformers. Ragged lengths go through

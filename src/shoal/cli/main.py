@@ -43,12 +43,13 @@ class Subcommand:
 
 SUBCOMMANDS = {
     "bench": Subcommand(
-        help="measure whole steps beside TRL, how fast weights reach the engines, or simulate rollouts",
+        help="measure whole steps, publishes or rollouts",
         module="shoal.cli.bench",
     ),
     "demo": Subcommand(help="train a small model in minutes, on this machine as it is", module="shoal.cli.demo"),
     "plan": Subcommand(help="show which devices would train and which would generate", module="shoal.cli.plan"),
     "report": Subcommand(help="make the HTML report of a run", module="shoal.cli.report"),
+    "train": Subcommand(help="train what a YAML or JSON file describes", module="shoal.cli.train"),
 }
 
 
