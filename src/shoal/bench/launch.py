@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,8 +28,22 @@ def with_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> list[st
     return [sys.executable, *launcher, "-m", module, *arguments]
 
 
-def run_to_end(command: Sequence[str], log: Path, *, timeout_s: float, environment: Mapping[str, str]) -> None:
+def run_to_end(
+    command: Sequence[str],
+    log: Path,
+    *,
+    timeout_s: float,
+    environment: Mapping[str, str],
+    on_end: Callable[[], None] | None = None,
+) -> None:
     """Run a command to its end, its words in `log`; nothing that it started is left.
+
+    Args:
+        command: What to run.
+        log: What it prints.
+        timeout_s: How long it may take.
+        environment: Its own.
+        on_end: Called when it has ended by itself, before what it may have left is ended.
 
     Raises:
         StageError: It failed, or took too long.
@@ -45,6 +59,8 @@ def run_to_end(command: Sequence[str], log: Path, *, timeout_s: float, environme
         )
         try:
             child.wait(timeout_s)
+            if on_end is not None:
+                on_end()
         except subprocess.TimeoutExpired:
             said = next((line for line in reversed(tail(log, 20)) if line.strip()), "nothing")
             raise StageError(f"it took more than {timeout_s:g} s; last words: {said.strip()[:300]}") from None
