@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,13 @@ def _peak(prof: profile) -> int:
     return most
 
 
-def _trainer(tmp_path: Any, model: Any, *, bf16: bool, checkpoints: bool, lora: bool) -> Any:
+def _trainer(tmp_path: Any, model: Any, *, bf16: bool, checkpoints: bool, lora: bool, keeps_logits: bool) -> Any:
     from peft import LoraConfig
 
+    has_setting = "fused_logprobs" in {declared.name for declared in fields(GRPOConfig)}
+    if not keeps_logits and not has_setting:
+        pytest.skip("this version always keeps logits")
+    fused: dict[str, Any] = {"fused_logprobs": not keeps_logits} if has_setting else {}
     return _FixedSequences(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
@@ -78,6 +83,7 @@ def _trainer(tmp_path: Any, model: Any, *, bf16: bool, checkpoints: bool, lora: 
             max_tokens_per_micro_batch=MICRO_BATCH,
             max_steps=2,
             save_strategy="no",
+            **fused,
         ),
         train_dataset=Dataset.from_list([{"prompt": letter} for letter in "abcdefgh"]),
         processing_class=tiny_tokenizer(),
@@ -92,24 +98,26 @@ def _measure(train: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("family", "bf16", "checkpoints", "lora"),
+    ("family", "bf16", "checkpoints", "lora", "keeps_logits"),
     [
-        ("qwen3", False, True, False),
-        ("llama", False, False, False),
-        ("qwen3", True, True, False),
-        ("llama", False, True, True),
+        ("qwen3", False, True, False, True),
+        ("llama", False, False, False, True),
+        ("qwen3", True, True, False, True),
+        ("llama", False, True, True, True),
+        ("qwen3", False, True, False, False),
+        ("llama", True, True, False, False),
     ],
-    ids=["checkpoints", "keeps everything", "bf16", "adapter"],
+    ids=["checkpoints", "keeps everything", "bf16", "adapter", "fused", "fused bf16"],
 )
 def test_the_estimate_is_within_15_percent_of_what_steps_allocate(
-    family: str, bf16: bool, checkpoints: bool, lora: bool, tmp_path: Any
+    family: str, bf16: bool, checkpoints: bool, lora: bool, keeps_logits: bool, tmp_path: Any
 ) -> None:
     config = CONFIG_MAPPING[family](**SHAPE, tie_word_embeddings=True, max_position_embeddings=2048)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         model = AutoModelForCausalLM.from_config(config)
-        trainer = _trainer(tmp_path, model, bf16=bf16, checkpoints=checkpoints, lora=lora)
+        trainer = _trainer(tmp_path, model, bf16=bf16, checkpoints=checkpoints, lora=lora, keeps_logits=keeps_logits)
         # The weights exist before the profiler looks; gradients, moments and all the rest do not.
         weights = sum(value.nbytes for value in trainer.model.parameters())
         measured = weights + _measure(trainer.train)
@@ -122,6 +130,7 @@ def test_the_estimate_is_within_15_percent_of_what_steps_allocate(
         checkpoints=checkpoints,
         micro_batch_tokens=MICRO_BATCH,
         is_masked=True,
+        keeps_logits=keeps_logits,
     )
     found = estimate_trainer_memory(architecture_from_config(config.to_dict()), setup)
     print(f"{family}: measured {measured / 1e6:.1f} MB, estimated {found.total / 1e6:.1f} MB; {found}")

@@ -103,7 +103,8 @@ class StepSettings:
         if not self.is_ragged:
             return [self.completion_tokens] * self.num_completions
         random = np.random.default_rng([self.seed, step])
-        return random.integers(SHORTEST_TOKENS, self.completion_tokens + 1, self.num_completions).tolist()
+        lengths = random.integers(SHORTEST_TOKENS, self.completion_tokens + 1, self.num_completions)
+        return [int(length) for length in lengths]
 
     def to_json(self) -> str:
         """Serialise; `from_json` is the inverse."""

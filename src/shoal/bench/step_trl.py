@@ -79,9 +79,10 @@ def _timed_trainer_class() -> type:
 
         def _generate(self, prompts: list[Any]) -> Any:
             began = time.monotonic()
-            if self.use_vllm and self.state.global_step != self._last_loaded_step:
-                self.vllm_generation.sync_weights()
-                self._last_loaded_step = self.state.global_step
+            trainer: Any = self
+            if trainer.use_vllm and trainer.state.global_step != trainer._last_loaded_step:
+                trainer.vllm_generation.sync_weights()
+                trainer._last_loaded_step = trainer.state.global_step
             synced = time.monotonic()
             found = super()._generate(prompts)
             self.times.phase("publish", synced - began)

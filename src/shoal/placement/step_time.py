@@ -159,5 +159,5 @@ def _touched(model: Architecture, num_tokens: float) -> float:
     if not model.num_moe_layers:
         return model.num_parameters
     expert = sum(linear.num_parameters for linear in model.expert)
-    hit = 1 - (1 - model.experts_per_token / model.num_experts) ** num_tokens
+    hit = 1 - math.pow(1 - model.experts_per_token / model.num_experts, num_tokens)
     return model.num_parameters - model.num_moe_layers * model.num_experts * expert * (1 - hit)

@@ -19,7 +19,10 @@ Precision: TypeAlias = Literal["bf16", "fp32"]
 
 _FLOAT, _HALF = 4, 2
 _ADAM_BYTES = 2 * _FLOAT
-MAX_CHUNK_ELEMENTS = 1 << 25  # of algorithm/logprobs.py, which this room may not import
+# Logits taken up at once, of algorithm/logprobs.py and algorithm/lm_head.py, which this room may not import.
+_CHUNK_ELEMENTS = 1 << 25
+_TILE_ELEMENTS = 1 << 24
+_TILES = 4  # float32 tiles' worth of temporaries
 _MASK_BYTES = 1 + _FLOAT  # booleans, and what scaled_dot_product_attention turns them into
 _IN_FLIGHT_BLOCKS = 2  # FSDP2 gathers the next block while one computes
 
@@ -38,7 +41,7 @@ class TrainerSetup:
         checkpoints: Gradient checkpointing: each block is computed again in the backward pass.
         micro_batch_tokens: Tokens of a packed forward pass.
         is_masked: Attention takes a mask of tokens x tokens (on CPUs), not the lengths of the sequences.
-        keeps_logits: Logits of a whole micro-batch exist at once; else one chunk of them does.
+        keeps_logits: Logits of a whole micro-batch exist at once (`fused_logprobs=False`); else a tile of them does.
     """
 
     method: Method = "full"
@@ -50,7 +53,7 @@ class TrainerSetup:
     checkpoints: bool = True
     micro_batch_tokens: int = 8192
     is_masked: bool = False
-    keeps_logits: bool = True
+    keeps_logits: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -218,21 +221,26 @@ def _final_norm(model: Architecture, setup: TrainerSetup) -> int:
 
 
 def _logprobs(model: Architecture, setup: TrainerSetup) -> int:
-    """Return what is there while logits are differentiated: they, their gradient, and a chunk of the softmax."""
+    """Return what is there while logits are differentiated: they, their gradient, and a chunk of the softmax.
+
+    Or a few tiles, the gradient of the hidden states, and that of the matrix, which are summed over tiles.
+    """
     elements = _logit_elements(model, setup)
-    chunk = _FLOAT * min(elements, max(MAX_CHUNK_ELEMENTS, model.vocabulary))
     if not setup.keeps_logits:
-        return 2 * chunk
+        tiles = _TILES * _FLOAT * min(elements, _TILE_ELEMENTS)
+        matrix = _FLOAT * model.embedding_parameters if setup.method == "full" else 0
+        return tiles + _FLOAT * model.hidden * setup.micro_batch_tokens + matrix
     # accelerate makes float32 of the model's outputs.
-    return 2 * _FLOAT * elements + chunk
+    return 2 * _FLOAT * elements + _FLOAT * min(elements, max(_CHUNK_ELEMENTS, model.vocabulary))
 
 
 def _output_matrix(model: Architecture, setup: TrainerSetup) -> int:
-    """Return what is there while the gradient of the logits becomes that of the matrix, before it is added up."""
-    logits = _FLOAT * _logit_elements(model, setup) if setup.keeps_logits else 0
+    """Return what is there while the gradient of kept logits becomes that of the matrix, before it is added up."""
+    if not setup.keeps_logits:
+        return 0
     cast = _HALF if setup.casts_weights else 0
     matrix = (_FLOAT + cast) * model.embedding_parameters if setup.method == "full" else 0
-    return logits + (cast * _logit_elements(model, setup) if setup.keeps_logits else 0) + matrix
+    return (_FLOAT + cast) * _logit_elements(model, setup) + matrix
 
 
 def _logit_elements(model: Architecture, setup: TrainerSetup) -> int:

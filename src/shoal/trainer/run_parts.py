@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shoal import rewards
 from shoal.config import GRPOConfig
@@ -75,7 +75,7 @@ def load_reward(spec: RewardSpec) -> Callable[..., Any]:
     if spec.arguments is None:
         if spec.target in _KNOWN_MAKERS:
             raise ConfigError(f"reward {spec.target!r} makes a reward and needs arguments: `{spec.target}: {{...}}`.")
-        return found
+        return cast("Callable[..., Any]", found)
     if spec.target in _KNOWN_REWARDS:
         raise ConfigError(f"reward {spec.target!r} takes no arguments here. Write its name alone.")
     try:
@@ -84,7 +84,7 @@ def load_reward(spec: RewardSpec) -> Callable[..., Any]:
         raise ConfigError(f"reward {spec.target!r} cannot be made with {dict(spec.arguments)}: {error}.") from error
     if not callable(made):
         raise ConfigError(f"{spec.target}(...) gave a {type(made).__name__}, not a reward function.")
-    return made  # type: ignore[no-any-return]
+    return cast("Callable[..., Any]", made)
 
 
 def make_peft_config(values: Mapping[str, Any]) -> Any:
