@@ -55,7 +55,7 @@ class SamplingSettings:
     Attributes:
         temperature: Softmax temperature; 0 is greedy.
         max_tokens: Most tokens of a completion.
-        stop_token_ids: Tokens that end a completion (they stay part of it).
+        stop_token_ids: Tokens that end a completion (they stay part of it). Empty: it ends at `max_tokens` only.
         top_k: Only the so many most likely tokens are sampled from; 0 for all.
         top_p: Of those, only the most likely ones that together reach this probability.
         min_p: Before either, only those of at least this share of the most likely token's probability.

@@ -74,3 +74,68 @@ def test_planning_loads_neither_torch_nor_vllm() -> None:
         "sys.exit(bool({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> str:
+    """Return the folder of a checkpoint of Qwen3-1.7B, without its weights."""
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def test_a_model_and_a_kind_of_gpu_give_sizes_times_and_proposals(
+    qwen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", qwen, "--gpus", "2xH100", "--trainer-processes", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("trainer-0  cuda:0\nengine-0   cuda:1\n")
+    assert "1.721 B parameters, 112 KiB of KV cache a token; H100" in printed
+    lines = printed.splitlines()
+    assert ["weights", "6.41"] in [line.split() for line in lines]
+    assert any(line.startswith("seconds a step: generation ") for line in lines)
+    assert lines[lines.index("layouts that fit, by estimated seconds a step:") + 1].split()[1] == "2"
+
+
+def test_json_has_the_estimate_in_bytes_and_seconds(qwen: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", qwen, "--gpus", "4xH200", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    found = data["estimate"]
+    assert found["model"]["parameters"] == 1_720_574_976
+    assert found["chosen"]["layout"] == found["proposals"][0]["layout"]
+    assert len(data["trainers"]) == found["chosen"]["layout"]["num_trainers"]
+    for device in found["chosen"]["devices"]:
+        assert device["total_bytes"] <= device["limit_bytes"]
+    assert found["chosen"]["seconds"]["total"] > 0
+
+
+def test_a_kind_that_is_not_known_can_be_described_and_is_refused_otherwise(
+    qwen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = ["--gpu-memory-gib", "96", "--gpu-tflops", "500", "--gpu-memory-gbps", "3000", "--gpu-link-gbps", "200"]
+    assert main(["plan", "--model", qwen, "--gpus", "2xX9", *numbers]) == 0
+    assert "X9 with 96.0 GiB" in capsys.readouterr().out
+    assert main(["plan", "--model", qwen, "--gpus", "2xX9"]) == 2
+    assert "'X9' is no kind of GPU" in capsys.readouterr().err
+    assert main(["plan", "--model", qwen, "--gpus", "2", *numbers[:2]]) == 2
+    assert "--gpu-tflops, --gpu-memory-gbps, --gpu-link-gbps is missing" in capsys.readouterr().err
+    assert main(["plan", "--model", qwen, "--gpus", "2"]) == 0
+    assert "no estimate of memory and time: the kind of GPU is not known" in capsys.readouterr().out
+
+
+def test_a_layout_that_does_not_fit_is_refused_with_one_that_does(
+    qwen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", qwen, "--gpus", "4xA10", "--trainer-processes", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "a trainer GPU needs" in said and "What would fit: " in said

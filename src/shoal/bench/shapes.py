@@ -39,6 +39,10 @@ SHAPES = {
         hidden=128, intermediate=192, layers=2, heads=4, kv_heads=2, head_dim=32, vocabulary=300, max_tokens=512
     ),
     "qwen3-0.6b": ModelShape(hidden=1024, intermediate=3072, layers=28, heads=16, kv_heads=8),
+    # The 1.7B with a small vocabulary, for whole steps.
+    "qwen3-1.4b": ModelShape(
+        hidden=2048, intermediate=6144, layers=28, heads=16, kv_heads=8, vocabulary=49152, max_tokens=2048
+    ),
     "qwen3-1.7b": ModelShape(hidden=2048, intermediate=6144, layers=28, heads=16, kv_heads=8),
     "qwen3-8b": ModelShape(hidden=4096, intermediate=12288, layers=36, heads=32, kv_heads=8, is_tied=False),
 }

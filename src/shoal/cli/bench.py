@@ -7,9 +7,10 @@ import logging
 import os
 from pathlib import Path
 
+from shoal.cli.bench_step import add_step_arguments, run_step
 from shoal.errors import ConfigError
 
-_SHAPES = ("tiny", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b")
+_SHAPES = ("tiny", "qwen3-0.6b", "qwen3-1.4b", "qwen3-1.7b", "qwen3-8b")
 _SOURCES = ("plain", "lora-merged", "adapter", "ddp", "fsdp2")
 
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "rollouts", help="tokens/s of engines beside vllm.LLM.generate; --simulate: how good dispatch is"
         )
     )
+    add_step_arguments(benchmarks.add_parser("step", help="seconds of whole steps, by phase, beside TRL's"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.benchmark == "weights":
         return _run_weights(args)
+    if args.benchmark == "step":
+        return run_step(args)
     return _run_simulation(args) if args.simulate else _run_throughput(args)
 
 

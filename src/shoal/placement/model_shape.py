@@ -48,7 +48,12 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
 
 
 def read_model_shape(model: Path) -> ModelShape:
-    """Read the shape from a checkpoint's folder, or from a `config.json` itself.
+    """Read the shape from a checkpoint's folder, or from a `config.json` itself; see `read_model_config`."""
+    return shape_from_config(read_model_config(model))
+
+
+def read_model_config(model: Path) -> Mapping[str, Any]:
+    """Read the configuration from a checkpoint's folder, or from a `config.json` itself.
 
     Raises:
         PlacementError: There is no `config.json`, or it is not a JSON object.
@@ -65,7 +70,7 @@ def read_model_shape(model: Path) -> ModelShape:
         raise PlacementError(f"{str(path)!r} cannot be read ({error}). Give the folder of a checkpoint.") from None
     if not isinstance(config, dict):
         raise PlacementError(f"{str(path)!r} holds no JSON object. Give the folder of a checkpoint.")
-    return shape_from_config(config)
+    return config
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:

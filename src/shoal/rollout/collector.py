@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.protocols import RolloutFlow
 from shoal.rollout.conversation import SampleConversation, SingleTurn
@@ -41,6 +41,7 @@ class GroupRequest:
         sampling: How to sample.
         seed: Seed of each sample.
         step: The optimizer step that it is for; samples of an older one go first.
+        max_tokens: Of the n-th sample of a prompt, where they differ; None for that of `sampling`.
     """
 
     prompts: tuple[Prompt, ...]
@@ -48,6 +49,13 @@ class GroupRequest:
     sampling: SamplingSettings
     seed: Seed
     step: int = 0
+    max_tokens: Callable[[Prompt, int], int] | None = None
+
+    def sampling_of(self, prompt: Prompt, sample: int) -> SamplingSettings:
+        """Return how one sample is to be taken."""
+        if self.max_tokens is None:
+            return self.sampling
+        return replace(self.sampling, max_tokens=self.max_tokens(prompt, sample))
 
 
 class RolloutCollector:
@@ -119,7 +127,9 @@ class RolloutCollector:
             return rollout
 
         asked = RolloutRequest(
-            prompt_token_ids=prompt.token_ids, seed=request.seed(prompt, sample), sampling=request.sampling
+            prompt_token_ids=prompt.token_ids,
+            seed=request.seed(prompt, sample),
+            sampling=request.sampling_of(prompt, sample),
         )
         conversation = SampleConversation(prompt, asked, write)
         await self._flow.run(conversation)

@@ -1,0 +1,75 @@
+"""`shoal bench step`: the arguments, and what they come to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+_SHAPES = ("tiny", "qwen3-0.6b", "qwen3-1.4b", "qwen3-1.7b", "qwen3-8b")
+
+
+def add_step_arguments(step: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `shoal bench step`."""
+    step.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    step.add_argument("--model-shape", choices=_SHAPES, default="tiny", help="default: tiny; weights are random")
+    step.add_argument("--layout", choices=("dedicated", "colocated"), default="dedicated", help="default: dedicated")
+    step.add_argument("--ranks", type=int, default=1, metavar="N", help="trainer processes (default: 1)")
+    step.add_argument("--num-engines", type=int, default=1, metavar="N", help="default: 1")
+    step.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size (default: 1)")
+    step.add_argument("--sharding", choices=("ddp", "fsdp2"), default="ddp", help="of several ranks (default: ddp)")
+    step.add_argument("--prompts", type=int, default=32, metavar="N", help="of one step (default: 32)")
+    step.add_argument("--samples", type=int, default=8, metavar="N", help="of each prompt (default: 8)")
+    step.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="default: 64")
+    step.add_argument("--tokens", type=int, default=510, metavar="N", help="of every completion (default: 510)")
+    step.add_argument("--ragged", action="store_true", help="of the longest one: lengths uniform from 16")
+    step.add_argument("--steps", type=int, default=5, metavar="N", help="behind a median (default: 5)")
+    step.add_argument("--warmup-steps", type=int, default=2, metavar="N", help="before them (default: 2)")
+    step.add_argument("--no-gradient-checkpointing", action="store_true", help="in both trainers")
+    step.add_argument("--max-tokens-per-micro-batch", type=int, metavar="N", help="Shoal's (default: its own)")
+    step.add_argument("--trl-micro-batch", type=int, default=8, metavar="N", help="completions a forward (default: 8)")
+    step.add_argument("--sleep", action="store_true", help="colocated engines sleep in training, in both trainers")
+    step.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="default: each trainer's own")
+    step.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    step.add_argument("--skip-trl", action="store_true", help="leave TRL out")
+    step.add_argument("--timeout-s", type=float, default=3600, help="for each trainer (default: 3600)")
+    step.add_argument("--output", type=Path, metavar="FILE", help="default: below benchmarks/results/")
+
+
+def run_step(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 if Shoal gave no figures.
+
+    Raises:
+        ConfigError: The layout does not fit the machine.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from shoal.bench.step import run_step_bench
+    from shoal.bench.step_settings import StepSettings, check_step
+    from shoal.placement.devices import discover_devices
+
+    settings = StepSettings(
+        model_shape=args.model_shape,
+        device=args.device,
+        layout=args.layout,
+        num_ranks=args.ranks,
+        num_engines=args.num_engines,
+        tensor_parallel_size=args.tp,
+        num_prompts=args.prompts,
+        num_generations=args.samples,
+        prompt_tokens=args.prompt_tokens,
+        completion_tokens=args.tokens,
+        is_ragged=args.ragged,
+        steps=args.steps,
+        warmup_steps=args.warmup_steps,
+        sharding=args.sharding,
+        checkpoints=not args.no_gradient_checkpointing,
+        max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+        trl_micro_batch=args.trl_micro_batch,
+        sleeps=args.sleep,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        seed=args.seed,
+    )
+    devices = discover_devices() if args.device == "cuda" else ()
+    check_step(settings, len(devices))
+    done = run_step_bench(settings, devices, output=args.output, skip_trl=args.skip_trl, timeout_s=args.timeout_s)
+    return 0 if done else 1

@@ -1,0 +1,163 @@
+"""How long a step takes, from what the devices can do and what was measured of how much of it is reached."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shoal.placement.architecture import Architecture
+from shoal.placement.gpu_kinds import GpuKind
+from shoal.placement.trainer_memory import TrainerSetup
+
+# Dense pretraining in bfloat16 reaches 38 to 43 % of the peak, operations of recomputation not counted (Dubey et al.
+# 2024, The Llama 3 Herd of Models, table 4). Not measured with Shoal on GPUs yet.
+TRAINING_EFFICIENCY = 0.40
+# AdamW reads and writes weights and two moments and reads gradients, all float32.
+_ADAM_TRAFFIC_BYTES = 4 * (3 * 2 + 1)
+# Of a decode step on an H100 with 1.7B (docs/decisions/0008): 4 ms of which 1.45 are reading the weights at 70 % of the
+# memory's rate, and 0.049 us a token of context, 70 % again. 32 us a sequence make 256 samples of 512 tokens come out
+# at 15k tokens/s with 1.4B, where 13 to 16k were measured through /v1/completions.
+_MEMORY_EFFICIENCY = 0.70
+_STEP_S = 2.55e-3
+_SEQUENCE_S = 32e-6
+_PREFILL_EFFICIENCY = 0.50  # 8.5 us a prompt token at 1.7B are 41 % of an H100's peak; larger models come nearer to it
+# benchmarks/results/2026-11-24-one-h200-weights: 1.19 GB in 21.4 ms and 16.4 GB in 84.0 ms over CUDA IPC.
+_PUBLISH_S = 16.5e-3
+_IPC_BYTES_PER_S = 243e9
+# Grouped NCCL send/recv between two H100s moved 364 GB/s of 450.
+_LINK_EFFICIENCY = 0.80
+MAX_NUM_SEQS = 256  # vLLM's default, and Shoal's bound on what one engine is asked for at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What one optimizer step is about.
+
+    Attributes:
+        num_prompts: Prompts of a step.
+        num_generations: Completions of each.
+        prompt_tokens: Of a prompt.
+        completion_tokens: Of the longest completion.
+        mean_completion_tokens: Of a completion on average.
+    """
+
+    num_prompts: int
+    num_generations: int
+    prompt_tokens: int
+    completion_tokens: int
+    mean_completion_tokens: float
+
+    @property
+    def num_samples(self) -> int:
+        """Completions of a step."""
+        return self.num_prompts * self.num_generations
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def num_tokens(self) -> float:
+        """Tokens that are trained on in a step, prompts included."""
+        return self.num_samples * (self.prompt_tokens + self.mean_completion_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of a synchronous step.
+
+    Attributes:
+        generate: Until the last completion.
+        train: Forward, backward, optimizer.
+        publish: Until every engine holds the new weights.
+        flops: Operations of the training, recomputation not counted.
+    """
+
+    generate: float
+    train: float
+    publish: float
+    flops: float
+
+    @property
+    def total(self) -> float:
+        """One after the other."""
+        return self.generate + self.train + self.publish
+
+
+def training_seconds(model: Architecture, gpu: GpuKind, setup: TrainerSetup, work: Workload) -> tuple[float, float]:
+    """Return the seconds of the training part on all ranks, and the operations that count in MFU."""
+    useful = model.training_flops(work.num_tokens, work.prompt_tokens + work.mean_completion_tokens)
+    # A frozen matrix needs no gradient of its own: 4 of 6 operations are left. Recomputing adds 2.
+    done = useful * ((4 if setup.method == "lora" else 6) + (2 if setup.checkpoints else 0)) / 6
+    # The published efficiency is of runs that recompute little, so all operations count as equally fast.
+    compute = done / (setup.num_ranks * gpu.flops * TRAINING_EFFICIENCY)
+    num_micro_batches = max(1, math.ceil(work.num_tokens / setup.num_ranks / setup.micro_batch_tokens))
+    wire = _wire_bytes(model, setup, num_micro_batches) / (gpu.link_bytes_per_s * _LINK_EFFICIENCY)
+    shards = 1 if setup.sharding == "ddp" else setup.num_ranks
+    adam = _ADAM_TRAFFIC_BYTES * setup.trainable(model) / shards / (gpu.memory_bytes_per_s * _MEMORY_EFFICIENCY)
+    return max(compute, wire) + adam, useful
+
+
+def generation_seconds(
+    model: Architecture, gpu: GpuKind, work: Workload, *, num_engines: int, tensor_parallel_size: int, kv_tokens: float
+) -> float:
+    """Return the seconds until the last completion, samples spread evenly.
+
+    Args:
+        model: Served in bfloat16.
+        gpu: Of the engines.
+        work: The step.
+        num_engines: All alike.
+        tensor_parallel_size: Of each.
+        kv_tokens: Tokens that fit into the KV cache of one engine.
+    """
+    samples, mean = work.num_samples / num_engines, work.mean_completion_tokens
+    at_once = max(1.0, min(samples, MAX_NUM_SEQS, kv_tokens / (work.prompt_tokens + mean)))
+    steps = max(work.completion_tokens, samples * mean / at_once)
+    active = samples * mean / steps
+    rate = gpu.memory_bytes_per_s * _MEMORY_EFFICIENCY * tensor_parallel_size
+    context = active * (work.prompt_tokens + mean / 2)
+    weights = 2 * min(model.num_parameters, _touched(model, active)) / rate
+    step = _STEP_S + weights + active * _SEQUENCE_S + context * model.kv_bytes_per_token() / rate
+    prompts = work.num_prompts / num_engines * work.prompt_tokens
+    prefill = 2 * model.matmul_parameters * prompts / (gpu.flops * _PREFILL_EFFICIENCY * tensor_parallel_size)
+    return prefill + steps * step
+
+
+def publish_seconds(
+    model: Architecture, gpu: GpuKind, *, num_ranks: int, num_engines: int, num_workers: int, is_colocated: bool
+) -> float:
+    """Return the seconds of a publish of all weights in bfloat16 to every engine.
+
+    Args:
+        model: What is published.
+        gpu: Of both ends.
+        num_ranks: Trainer processes, each of which sends.
+        num_engines: Engines, each of which receives everything.
+        num_workers: Workers of all engines.
+        is_colocated: Over CUDA IPC, not over the link.
+    """
+    everything = 2 * model.num_parameters * num_engines
+    if is_colocated:
+        return _PUBLISH_S + everything / num_workers / _IPC_BYTES_PER_S
+    return _PUBLISH_S + everything / min(num_ranks, num_workers) / (gpu.link_bytes_per_s * _LINK_EFFICIENCY)
+
+
+def _wire_bytes(model: Architecture, setup: TrainerSetup, num_micro_batches: int) -> float:
+    """Return what one rank sends in a step, at least: gradients once for DDP, weights and gradients for the sharded."""
+    share = (setup.num_ranks - 1) / setup.num_ranks
+    if setup.sharding == "ddp":
+        return 2 * share * 4 * setup.trainable(model)
+    # Gathered forward and backward, scattered once, for every micro-batch.
+    gathered = (2 * model.num_parameters + setup.trainable(model)) * setup.compute_bytes
+    return share * gathered * num_micro_batches
+
+
+def _touched(model: Architecture, num_tokens: float) -> float:
+    """Return the parameters that a decode step reads: of the experts those that some token was sent to."""
+    if not model.num_moe_layers:
+        return model.num_parameters
+    expert = sum(linear.num_parameters for linear in model.expert)
+    hit = 1 - math.pow(1 - model.experts_per_token / model.num_experts, num_tokens)
+    return model.num_parameters - model.num_moe_layers * model.num_experts * expert * (1 - hit)

@@ -1,0 +1,260 @@
+"""What a trainer process keeps on its device, part by part, at the moment when it is most.
+
+The weights are float32 and so are gradients and Adam's two moments; with `precision="bf16"` autocast computes in
+bfloat16 (`trainer/model.py`, `trainer/forward.py`). The bytes of a block are those of the tensors that autograd
+keeps in transformers 5.19, found by listing them; `tests/placement/test_memory_measured.py` compares all this with the
+peak of real training steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from shoal.placement.architecture import Architecture
+
+Method: TypeAlias = Literal["full", "lora"]
+Sharding: TypeAlias = Literal["ddp", "fsdp2", "zero3"]
+Precision: TypeAlias = Literal["bf16", "fp32"]
+
+_FLOAT, _HALF = 4, 2
+_ADAM_BYTES = 2 * _FLOAT
+# Logits taken up at once, of algorithm/logprobs.py and algorithm/lm_head.py, which this room may not import.
+_CHUNK_ELEMENTS = 1 << 25
+_TILE_ELEMENTS = 1 << 24
+_TILES = 4  # float32 tiles' worth of temporaries
+_MASK_BYTES = 1 + _FLOAT  # booleans, and what scaled_dot_product_attention turns them into
+_IN_FLIGHT_BLOCKS = 2  # FSDP2 gathers the next block while one computes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSetup:
+    """How the trainer processes hold and train the model.
+
+    Attributes:
+        method: All weights, or a LoRA adapter beside frozen ones.
+        lora_rank: Of the adapter.
+        lora_targets: Matrices that it adapts; None for all of every block.
+        sharding: DDP (also for one process), FSDP2, or DeepSpeed ZeRO-3.
+        num_ranks: Trainer processes.
+        precision: `"bf16"`: float32 weights, computed with in bfloat16. `"fp32"`: float32 throughout.
+        checkpoints: Gradient checkpointing: each block is computed again in the backward pass.
+        micro_batch_tokens: Tokens of a packed forward pass.
+        is_masked: Attention takes a mask of tokens x tokens (on CPUs), not the lengths of the sequences.
+        keeps_logits: Logits of a whole micro-batch exist at once (`fused_logprobs=False`); else a tile of them does.
+    """
+
+    method: Method = "full"
+    lora_rank: int = 16
+    lora_targets: frozenset[str] | None = None
+    sharding: Sharding = "ddp"
+    num_ranks: int = 1
+    precision: Precision = "bf16"
+    checkpoints: bool = True
+    micro_batch_tokens: int = 8192
+    is_masked: bool = False
+    keeps_logits: bool = False
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of a number that the forward pass computes with."""
+        return _HALF if self.precision == "bf16" else _FLOAT
+
+    @property
+    def casts_weights(self) -> bool:
+        """Whether autocast makes copies of float32 weights; FSDP2 and ZeRO-3 gather them in bfloat16 instead."""
+        return self.precision == "bf16" and self.sharding == "ddp"
+
+    def trainable(self, model: Architecture) -> int:
+        """Return how many parameters are trained."""
+        if self.method == "full":
+            return model.num_parameters
+        return model.lora_parameters(self.lora_rank, self.lora_targets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerMemory:
+    """Bytes on one trainer's device at the moment when they are most.
+
+    Attributes:
+        weights: The parameters.
+        copies: What autocast made of them, or what was gathered of them.
+        gradients: With DDP's buckets, where there are several processes.
+        optimizer: Adam's moments, and ZeRO's float32 weights.
+        activations: What the backward pass needs of the forward pass, and what it makes of it.
+        logprobs: Logits, their gradient, the chunk that is worked on, and a new gradient of the output's matrix.
+    """
+
+    weights: int
+    copies: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logprobs: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.copies + self.gradients + self.optimizer + self.activations + self.logprobs
+
+    @property
+    def resting(self) -> int:
+        """What stays between steps, gradients freed."""
+        return self.weights + self.optimizer
+
+
+def estimate_trainer_memory(model: Architecture, setup: TrainerSetup) -> TrainerMemory:
+    """Estimate one trainer's memory.
+
+    A step is most either at the end of the forward pass, or when the logits or their matrix are differentiated,
+    or in the backward pass of the last block, or in that of the embedding; what is returned belongs to that moment.
+    Gradients are there at all of them: they add up over a step's micro-batches.
+    """
+    weights, gradients, optimizer = _held(model, setup)
+    head, block = _logprobs(model, setup), _block_backward(model, setup)
+    all_copies, kept_copies = _copies(model, setup)
+    kept, final = _kept_activations(model, setup), _final_norm(model, setup)
+    logits_of_forward = _logit_elements(model, setup) * setup.compute_bytes if setup.keeps_logits else 0
+    moments = (
+        (all_copies, kept + final, logits_of_forward),
+        (kept_copies, kept + final, head),
+        (kept_copies, kept + final, _output_matrix(model, setup)),
+        (kept_copies, kept + block, 0),
+        (0, 0, _FLOAT * model.embedding_parameters if setup.method == "full" else 0),
+    )
+    copies, activations, logprobs = max(moments, key=sum)
+    return TrainerMemory(
+        weights=weights,
+        copies=copies,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        logprobs=logprobs,
+    )
+
+
+def saved_bytes_per_token(model: Architecture, setup: TrainerSetup) -> int:
+    """Return what autograd keeps of one block for each token, if the block is not computed again."""
+    hidden, query, kv, norms = model.hidden, model.query_width, model.kv_width, model.norms_per_block
+    compute = setup.compute_bytes
+    # Normalisations compute in float32; what they normalised is kept for the gradient of their weights. Autocast casts
+    # what comes out of them once for each matrix; in a model that is bfloat16 throughout the residual stream is too,
+    # and the matrices share one output.
+    trains_norms = setup.method == "full"
+    if setup.casts_weights:
+        per_norm = (_FLOAT + _FLOAT * trains_norms) * hidden
+        inputs = (3 + 2 * max(1, model.experts_per_token)) * _HALF * hidden
+    elif setup.precision == "bf16":
+        per_norm, inputs = (_FLOAT + _HALF * trains_norms) * hidden, 2 * _HALF * hidden
+    else:
+        per_norm, inputs = (_FLOAT + _FLOAT * trains_norms) * hidden, 2 * _FLOAT * hidden
+    heads = (_FLOAT + compute) * (query + kv) if model.normalises_heads else 0
+    attention = compute * (2 * query + 2 * kv) + _FLOAT * model.num_heads
+    mlp = 4 * compute * model.intermediate * max(1, model.experts_per_token)
+    return norms * per_norm + inputs + heads + attention + mlp
+
+
+def _held(model: Architecture, setup: TrainerSetup) -> tuple[int, int, int]:
+    """Return weights, gradients and optimizer of one rank."""
+    total, trainable = model.num_parameters, setup.trainable(model)
+    frozen = total if setup.method == "lora" else 0
+    ranks = setup.num_ranks
+    if setup.sharding == "zero3" and setup.precision == "bf16":
+        # 18 bytes a parameter: bfloat16 weights; float32 gradients, weights and moments (DeepSpeed's
+        # estimate_zero3_model_states_mem_needs_all_live).
+        held = _HALF * (frozen + trainable), _FLOAT * trainable, (_FLOAT + _ADAM_BYTES) * trainable
+    else:
+        held = _FLOAT * (frozen + trainable), _FLOAT * trainable, _ADAM_BYTES * trainable
+    if setup.sharding == "ddp":
+        # DDP's buckets hold a second copy of all gradients unless gradient_as_bucket_view is set, which accelerate
+        # leaves off.
+        weights, gradients, optimizer = held
+        return weights, gradients * (2 if ranks > 1 else 1), optimizer
+    weights, gradients, optimizer = (-(-value // ranks) for value in held)
+    return weights, gradients, optimizer
+
+
+def _copies(model: Architecture, setup: TrainerSetup) -> tuple[int, int]:
+    """Return the bytes of weights made for computing: at the end of the forward pass, and in the backward pass."""
+    if setup.sharding != "ddp":
+        compute, block = setup.compute_bytes, model.largest_block_parameters
+        ends = model.embedding_parameters * (1 if model.is_tied else 2)
+        if setup.sharding == "fsdp2":
+            # The root's own parameters stay gathered; the gradient of a block is whole until it is scattered.
+            gathered = compute * (ends + _IN_FLIGHT_BLOCKS * block)
+            return gathered, gathered + compute * (block if setup.method == "full" else 0)
+        largest = _FLOAT * max(model.embedding_parameters, *(linear.num_parameters for linear in model.dense_mlp))
+        return largest, largest
+    if not setup.casts_weights:
+        return 0, 0
+    head = _HALF * model.embedding_parameters
+    everything = _HALF * _all_matrices(model)
+    if not setup.checkpoints:
+        return everything, everything
+    # Autocast remembers what it has cast of trained weights until the forward pass ends; of frozen ones it does not.
+    return (everything if setup.method == "full" else head), head
+
+
+def _kept_activations(model: Architecture, setup: TrainerSetup) -> int:
+    """Return what is kept of the blocks from the forward pass."""
+    tokens = setup.micro_batch_tokens
+    stream = _stream_bytes(setup) * model.hidden * tokens
+    mask = _MASK_BYTES * tokens**2 if setup.is_masked else 0
+    if setup.checkpoints:
+        return model.num_layers * stream + mask
+    return model.num_layers * saved_bytes_per_token(model, setup) * tokens + mask
+
+
+def _block_backward(model: Architecture, setup: TrainerSetup) -> int:
+    """Return what the backward pass of one block holds beyond what was kept: the block once more, and gradients."""
+    tokens = setup.micro_batch_tokens
+    again = saved_bytes_per_token(model, setup) * tokens if setup.checkpoints else 0
+    # The stream's gradient, and in the MLP those of the product and of one of its factors, beside one temporary.
+    gradients = _stream_bytes(setup) * model.hidden + 3 * setup.compute_bytes * model.intermediate
+    return again + gradients * tokens
+
+
+def _final_norm(model: Architecture, setup: TrainerSetup) -> int:
+    """Return what the last normalisation keeps, and the rows that logits are computed of."""
+    normalised = 2 * _FLOAT if setup.method == "full" else _FLOAT
+    return (normalised + 2 * setup.compute_bytes) * model.hidden * setup.micro_batch_tokens
+
+
+def _logprobs(model: Architecture, setup: TrainerSetup) -> int:
+    """Return what is there while logits are differentiated: they, their gradient, and a chunk of the softmax.
+
+    Or a few tiles, the gradient of the hidden states, and that of the matrix, which are summed over tiles.
+    """
+    elements = _logit_elements(model, setup)
+    if not setup.keeps_logits:
+        tiles = _TILES * _FLOAT * min(elements, _TILE_ELEMENTS)
+        matrix = _FLOAT * model.embedding_parameters if setup.method == "full" else 0
+        return tiles + _FLOAT * model.hidden * setup.micro_batch_tokens + matrix
+    # accelerate makes float32 of the model's outputs.
+    return 2 * _FLOAT * elements + _FLOAT * min(elements, max(_CHUNK_ELEMENTS, model.vocabulary))
+
+
+def _output_matrix(model: Architecture, setup: TrainerSetup) -> int:
+    """Return what is there while the gradient of kept logits becomes that of the matrix, before it is added up."""
+    if not setup.keeps_logits:
+        return 0
+    cast = _HALF if setup.casts_weights else 0
+    matrix = (_FLOAT + cast) * model.embedding_parameters if setup.method == "full" else 0
+    return (_FLOAT + cast) * _logit_elements(model, setup) + matrix
+
+
+def _logit_elements(model: Architecture, setup: TrainerSetup) -> int:
+    return setup.micro_batch_tokens * model.vocabulary
+
+
+def _stream_bytes(setup: TrainerSetup) -> int:
+    """Return the bytes of a number of the residual stream: the embedding's type, which autocast leaves alone."""
+    return _HALF if setup.precision == "bf16" and not setup.casts_weights else _FLOAT
+
+
+def _all_matrices(model: Architecture) -> int:
+    block = sum(linear.inputs * linear.outputs for linear in model.attention)
+    dense = sum(linear.inputs * linear.outputs for linear in model.dense_mlp)
+    experts = model.num_experts * sum(linear.inputs * linear.outputs for linear in model.expert)
+    mlps = model.num_dense * dense + model.num_moe_layers * experts
+    return model.num_layers * block + mlps + model.embedding_parameters

@@ -1,0 +1,187 @@
+"""The step benchmark: the same work for every trainer, figures that follow from it, and one run as it is typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from shoal.bench.children import StageError
+from shoal.bench.launch import run_to_end, with_ranks
+from shoal.bench.shapes import SHAPES
+from shoal.bench.step_child import StepTimes
+from shoal.bench.step_report import StepReport, architecture_of, measured_from, step_flops
+from shoal.bench.step_settings import StepSettings, check_step, make_dataset, reward, write_model
+from shoal.bench.step_shoal import FixedWorkTrainer, shoal_config
+from shoal.bench.step_trl import trl_arguments
+from shoal.bench.step_trl_server import server_command, why_not_trl
+from shoal.errors import ConfigError
+from shoal.testing.trainer import ReferenceTrainer
+
+CPU = StepSettings(
+    model_shape="tiny", device="cpu", num_prompts=2, num_generations=2, prompt_tokens=8, completion_tokens=20,
+    is_ragged=True, steps=2, warmup_steps=1, trl_micro_batch=2,
+)  # fmt: skip
+CUDA = StepSettings(model_shape="qwen3-1.4b", device="cuda")
+
+
+def test_ragged_lengths_are_uniform_the_same_again_and_another_each_step() -> None:
+    settings = replace(CUDA, is_ragged=True, completion_tokens=1024, num_prompts=256)
+    first = settings.lengths(0)
+    assert first == settings.lengths(0) != settings.lengths(1)
+    assert min(first) >= 16 and max(first) <= 1024
+    assert sum(first) / len(first) == pytest.approx(520, rel=0.05)
+    assert set(CUDA.lengths(3)) == {510}
+
+
+def test_the_work_of_the_issue_is_1_4_billion_parameters_and_its_operations() -> None:
+    model = architecture_of(SHAPES["qwen3-1.4b"])
+    assert model.num_parameters == 1_510_073_344
+    tokens = 256 * 574
+    assert step_flops(CUDA) == pytest.approx(6 * tokens * (model.matmul_parameters + 28 * 2048 * 574), rel=1e-9)
+
+
+class _ReferenceFixedWork(FixedWorkTrainer, ReferenceTrainer):
+    """Writes with transformers instead of an engine."""
+
+
+def test_every_completion_is_written_to_its_length_whatever_would_end_it(tmp_path: Path) -> None:
+    write_model(CPU, tmp_path / "model")
+    trainer: Any = _ReferenceFixedWork(
+        model=str(tmp_path / "model"),
+        reward_funcs=reward,
+        args=shoal_config(CPU, tmp_path / "run"),
+        train_dataset=make_dataset(CPU),
+    )
+    trainer.bench, trainer.times = CPU, StepTimes()
+    seen: list[list[int]] = []
+    judge = trainer._judge.compare
+
+    def compare(groups: Any) -> Any:
+        seen.append([len(rollout.token_ids) for group in groups for rollout in group.rollouts])
+        return judge(groups)
+
+    trainer._judge.compare = compare
+    trainer.train()
+    assert seen == [CPU.lengths(step) for step in range(3)]
+    assert trainer.times.tokens == [sum(lengths) for lengths in seen]
+
+
+def test_medians_leave_the_warm_up_out_and_the_ratio_is_trl_over_shoal() -> None:
+    settings = replace(CUDA, steps=3, warmup_steps=2)
+    ours = {
+        "step_s": [90.0, 50.0, 4.0, 6.0, 5.0],
+        "phases": {"generate": [9.0, 9.0, 1.0, 3.0, 2.0], "train": [9.0, 9.0, 3.0, 2.0, 2.5]},
+        "tokens": [1, 1, 100, 100, 100],
+        "peak_bytes": 7,
+        "notes": [],
+    }
+    theirs = ours | {"step_s": [0.0, 0.0, 15.0, 14.0, 16.0]}
+    report = StepReport(settings=settings, device_names=["NVIDIA H100 80GB HBM3"])
+    report.shoal = measured_from(settings, ours, device_peak_bytes=9)
+    report.trl = measured_from(settings, theirs, device_peak_bytes=9)
+    data = report.to_dict()
+    assert (data["step_s"], data["trl_step_s"], data["ratio_to_trl"]) == (5.0, 15.0, 3.0)
+    assert data["phases"] == {"generate": 2.0, "train": 2.5}
+    assert data["tokens_per_s"] == 20.0 and data["layout"] == "dedicated"
+    assert data["mfu"] == pytest.approx(step_flops(settings) / 2.5 / 989e12)
+    assert json.loads(json.dumps(data)) == data
+    unknown = StepReport(settings=settings, device_names=["CPU"], shoal=report.shoal)
+    assert unknown.to_dict()["mfu"] is None and unknown.to_dict()["ratio_to_trl"] is None
+
+
+def test_both_trainers_train_on_the_same_completions_of_a_step() -> None:
+    settings = replace(CUDA, num_ranks=2, layout="colocated", num_engines=2)
+    theirs = trl_arguments(settings, Path("run"), "")
+    assert theirs["per_device_train_batch_size"] * theirs["gradient_accumulation_steps"] * 2 == settings.num_completions
+    assert theirs["vllm_mode"] == "colocate" and theirs["generation_kwargs"] == {"ignore_eos": True}
+    served = trl_arguments(CUDA, Path("run"), "http://127.0.0.1:1")
+    assert served["vllm_mode"] == "server" and served["vllm_server_base_url"] == "http://127.0.0.1:1"
+    command = server_command(replace(CUDA, tensor_parallel_size=2), Path("model"), 1)
+    assert command[command.index("--tensor_parallel_size") + 1] == "2"
+    assert trl_arguments(CPU, Path("run"), "")["generation_kwargs"] == {"min_new_tokens": 20}
+
+
+def test_trl_is_left_out_with_the_reason_where_it_cannot_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert why_not_trl(CUDA) == "TRL is not installed"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert why_not_trl(CUDA) is None
+    assert "no" in str(why_not_trl(CPU))
+    assert "one server" in str(why_not_trl(replace(CUDA, num_engines=2)))
+    assert "all ranks" in str(why_not_trl(replace(CUDA, layout="colocated", num_ranks=2)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_gpus", "says"),
+    [
+        ({}, 1, "2 GPUs are needed"),
+        ({"layout": "colocated", "num_engines": 2}, 1, "2 GPUs are needed"),
+        ({"completion_tokens": 4096}, 2, "do not fit into the 2048"),
+        ({"num_ranks": 3}, 4, "do not divide by 3 trainer processes"),
+        ({"num_generations": 1}, 2, "nothing to compare"),
+        ({"steps": 0}, 2, "steps=0"),
+        ({"sharding": "fsdp2"}, 2, "for several trainer processes"),
+        ({"device": "cpu", "num_ranks": 2}, 0, "on CPUs one trainer process"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_what_to_do(changes: dict[str, Any], num_gpus: int, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_step(replace(CUDA, **changes), num_gpus)
+    check_step(CUDA, 2)
+
+
+def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    script = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+        "open(sys.argv[1], 'w').write(str(child.pid))\n"
+        "print('began', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    noted = tmp_path / "pid"
+    began = time.monotonic()
+    with pytest.raises(StageError, match=r"it took more than 5 s; last words: began"):
+        command = [sys.executable, "-c", script, str(noted)]
+        run_to_end(command, tmp_path / "log", timeout_s=5, environment={})
+    assert time.monotonic() - began < 60
+    assert not psutil.pid_exists(int(noted.read_text())) or psutil.Process(int(noted.read_text())).status() == "zombie"
+    with pytest.raises(StageError, match="status 3"):
+        run_to_end([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", timeout_s=60, environment={})
+
+
+def test_several_ranks_are_started_through_torchrun() -> None:
+    assert with_ranks("some.module", ["a"], 1) == [sys.executable, "-m", "some.module", "a"]
+    command = with_ranks("some.module", ["a"], 4)
+    assert command[1:3] == ["-m", "torch.distributed.run"] and command[-3:] == ["-m", "some.module", "a"]
+    assert command[command.index("--nproc-per-node") + 1] == "4"
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_a_run_on_cpus_ends_with_its_figures(tmp_path: Path) -> None:
+    words = "bench step --device cpu --model-shape tiny --prompts 2 --samples 2 --prompt-tokens 8 --tokens 16 "
+    words += "--steps 2 --warmup-steps 1 --trl-micro-batch 2 --skip-trl"
+    output = tmp_path / "out" / "step.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal", *words.split(), "--output", str(output)],
+        capture_output=True,
+        text=True,
+        timeout=800,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last == json.loads(output.read_text())
+    assert last["shoal"]["tokens"] == [64, 64]
+    assert set(last["phases"]) == {"generate", "train", "publish"}
+    assert sum(last["phases"].values()) <= last["step_s"] * 1.5
+    assert last["reasons"] == {"trl": "left out (--skip-trl)"} and last["mfu"] is None
+    assert last["peak_bytes"] > 1 << 20

@@ -1,0 +1,190 @@
+"""Sizes and times of layouts: what they are made of, how they move, and what is proposed or refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.errors import PlacementError
+from shoal.placement.architecture import architecture_from_config
+from shoal.placement.estimate import DEDICATED_SHARE, Estimate, Layout, estimate, with_best_budget
+from shoal.placement.gpu_kinds import find_gpu_kind, known_gpu_kind
+from shoal.placement.propose import check_fits, layouts, propose
+from shoal.placement.step_time import Workload, generation_seconds, publish_seconds, training_seconds
+from shoal.placement.trainer_memory import TrainerSetup, estimate_trainer_memory
+
+QWEN3_8B = architecture_from_config(
+    {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    }
+)
+QWEN3_1_7B = replace(
+    QWEN3_8B,
+    hidden=2048,
+    intermediate=6144,
+    num_layers=28,
+    num_heads=16,
+    vocabulary=49152,
+    is_tied=True,
+    attention=tuple(
+        replace(linear, inputs=min(linear.inputs, 2048), outputs=min(linear.outputs, 2048))
+        for linear in QWEN3_8B.attention
+    ),
+    dense_mlp=tuple(replace(m, inputs=m.inputs // 2, outputs=m.outputs // 2) for m in QWEN3_8B.dense_mlp),
+)
+H100 = known_gpu_kind("H100")
+WORK = Workload(num_prompts=32, num_generations=8, prompt_tokens=64, completion_tokens=512, mean_completion_tokens=510)
+ALL = ("ddp", "fsdp2")
+
+
+def _total(found: Estimate, role: str) -> int:
+    return next(device.total for device in found.devices if device.role == role)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB-PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("GPU", None),
+    ],
+)
+def test_a_product_s_name_is_of_one_kind(name: str, kind: str | None) -> None:
+    found = find_gpu_kind(name)
+    assert (found.name if found else None) == kind
+
+
+def test_full_fine_tuning_keeps_sixteen_bytes_a_parameter_and_each_process_of_ddp_four_more() -> None:
+    alone = estimate_trainer_memory(QWEN3_1_7B, TrainerSetup())
+    assert alone.weights + alone.gradients + alone.optimizer == 16 * QWEN3_1_7B.num_parameters
+    two = estimate_trainer_memory(QWEN3_1_7B, TrainerSetup(num_ranks=2))
+    assert two.gradients == 2 * alone.gradients
+
+
+def test_an_adapter_leaves_gradients_and_moments_for_its_own_parameters_only() -> None:
+    found = estimate_trainer_memory(QWEN3_1_7B, TrainerSetup(method="lora", lora_rank=8))
+    adapter = QWEN3_1_7B.lora_parameters(8)
+    assert found.gradients + found.optimizer == 12 * adapter
+    assert found.weights == 4 * (QWEN3_1_7B.num_parameters + adapter)
+
+
+@given(ranks=st.integers(2, 64))
+def test_shards_add_up_to_the_whole(ranks: int) -> None:
+    total = QWEN3_8B.num_parameters
+    fsdp = estimate_trainer_memory(QWEN3_8B, TrainerSetup(sharding="fsdp2", num_ranks=ranks))
+    assert 0 <= ranks * (fsdp.weights + fsdp.gradients + fsdp.optimizer) - 16 * total < 3 * ranks
+    zero = estimate_trainer_memory(QWEN3_8B, TrainerSetup(sharding="zero3", num_ranks=ranks))
+    # DeepSpeed's own estimate: 18 bytes a parameter.
+    assert 0 <= ranks * (zero.weights + zero.gradients + zero.optimizer) - 18 * total < 3 * ranks
+
+
+def test_checkpointing_saves_activations_and_costs_time() -> None:
+    recompute, keep = TrainerSetup(), TrainerSetup(checkpoints=False)
+    assert (
+        estimate_trainer_memory(QWEN3_1_7B, recompute).activations
+        < estimate_trainer_memory(QWEN3_1_7B, keep).activations / 5
+    )
+    slow, flops = training_seconds(QWEN3_1_7B, H100, recompute, WORK)
+    fast, same_flops = training_seconds(QWEN3_1_7B, H100, keep, WORK)
+    assert fast < slow < 8 / 6 * fast and flops == same_flops
+
+
+@settings(deadline=None)
+@given(smaller=st.integers(1024, 40_000), larger=st.integers(1024, 40_000))
+def test_a_larger_budget_never_takes_less_memory(smaller: int, larger: int) -> None:
+    smaller, larger = sorted((smaller, larger))
+    for keeps in (True, False):
+        few = TrainerSetup(micro_batch_tokens=smaller, keeps_logits=keeps)
+        many = replace(few, micro_batch_tokens=larger)
+        assert estimate_trainer_memory(QWEN3_8B, few).total <= estimate_trainer_memory(QWEN3_8B, many).total
+
+
+def test_generation_comes_near_what_was_measured_on_an_h100() -> None:
+    # 256 samples of 512 tokens at 1.4B: 13,000 to 16,000 tokens/s through /v1/completions.
+    work = replace(WORK, completion_tokens=512, mean_completion_tokens=512)
+    seconds = generation_seconds(QWEN3_1_7B, H100, work, num_engines=1, tensor_parallel_size=1, kv_tokens=500_000)
+    assert 13_000 < 256 * 512 / seconds < 16_000
+
+
+def test_publishes_come_near_what_was_measured_over_cuda_ipc() -> None:
+    seconds = publish_seconds(
+        QWEN3_8B, known_gpu_kind("H200"), num_ranks=1, num_engines=1, num_workers=1, is_colocated=True
+    )
+    assert seconds == pytest.approx(0.084, rel=0.02)
+
+
+def test_engines_that_share_memory_with_less_of_a_cache_take_longer() -> None:
+    times = [
+        generation_seconds(QWEN3_1_7B, H100, WORK, num_engines=1, tensor_parallel_size=1, kv_tokens=tokens)
+        for tokens in (5_000, 50_000, 500_000)
+    ]
+    assert times[0] > times[1] > times[2]
+
+
+def test_a_dedicated_engine_gets_its_default_share_and_a_sleeping_one_what_a_resting_trainer_leaves() -> None:
+    setup = TrainerSetup(micro_batch_tokens=2048)
+    apart = estimate(QWEN3_1_7B, H100, setup, Layout(num_trainers=1, num_engines=1), WORK)
+    assert apart.engine_share == DEDICATED_SHARE and not apart.problem
+    shared = Layout(num_trainers=1, num_engines=1, is_colocated=True)
+    awake = estimate(QWEN3_1_7B, H100, setup, shared, WORK)
+    asleep = estimate(QWEN3_1_7B, H100, setup, replace(shared, sleeps=True), WORK)
+    offloaded = estimate(QWEN3_1_7B, H100, setup, replace(shared, sleeps=True, offloads_optimizer=True), WORK)
+    assert awake.kv_tokens < asleep.kv_tokens < offloaded.kv_tokens < apart.kv_tokens
+    (device,) = asleep.devices
+    assert device.resting is not None and "gradients" not in device.resting and "KV cache" not in device.parts
+
+
+def test_what_does_not_fit_is_refused_with_the_largest_parts_and_what_would_fit() -> None:
+    setup = TrainerSetup()
+    asked = with_best_budget(QWEN3_8B, H100, setup, Layout(num_trainers=1, num_engines=7), WORK)
+    fitting = propose(QWEN3_8B, H100, 8, setup, WORK, shardings=ALL)
+    with pytest.raises(PlacementError, match=r"a trainer GPU needs .*optimizer 61\.0.*What would fit: .*FSDP2"):
+        check_fits(asked, QWEN3_8B, H100, WORK, fitting)
+    # With one GPU nothing but an adapter fits.
+    alone = with_best_budget(QWEN3_8B, H100, setup, Layout(num_trainers=1, num_engines=1, is_colocated=True), WORK)
+    with pytest.raises(PlacementError, match="What would fit: a LoRA adapter"):
+        check_fits(alone, QWEN3_8B, H100, WORK, propose(QWEN3_8B, H100, 1, setup, WORK, shardings=ALL))
+
+
+@settings(max_examples=20, deadline=None)
+@given(num_gpus=st.integers(1, 16))
+def test_every_layout_uses_every_gpu(num_gpus: int) -> None:
+    for layout in layouts(QWEN3_8B, num_gpus):
+        used = layout.num_trainers if layout.is_colocated else layout.num_trainers + layout.num_workers
+        assert used == num_gpus and layout.num_engines >= 1
+
+
+@pytest.mark.parametrize("num_gpus", [2, 4, 8])
+def test_proposals_fit_and_the_fastest_is_first(num_gpus: int) -> None:
+    found = propose(QWEN3_1_7B, H100, num_gpus, TrainerSetup(), WORK, shardings=ALL)
+    seconds = [other.time.total for other in found if other.time is not None]
+    assert len(seconds) == len(found) == 3 and seconds == sorted(seconds)
+    for other in found:
+        assert all(device.total <= device.limit for device in other.devices)
+        assert other.kv_tokens >= WORK.longest and other.setup.micro_batch_tokens >= WORK.longest
+
+
+def test_more_gpus_are_never_slower() -> None:
+    best = [
+        propose(QWEN3_1_7B, H100, num_gpus, TrainerSetup(), WORK, shardings=ALL)[0].time for num_gpus in (1, 2, 4, 8)
+    ]
+    totals = [time.total for time in best if time is not None]
+    assert len(totals) == 4 and totals == sorted(totals, reverse=True)
