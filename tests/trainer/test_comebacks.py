@@ -436,3 +436,25 @@ def test_a_fleet_restarts_one_engine_with_a_client_of_its_own_and_keeps_the_orde
     fleet.check_alive()
     cast(FakeProcess, restarted.process).status = 7
     assert fleet.why_ended("engine-1") == "ended with status 7: no reason (see engine-1.1.log)"
+
+
+def test_an_engine_that_dies_while_it_is_refilled_is_restarted_once_more() -> None:
+    def act(scene: Scene) -> list[str]:
+        refill = scene.publisher.refill
+
+        def die_first(name: str, address: Any, version: int) -> None:
+            scene.publisher.refill = refill  # type: ignore[method-assign]
+            if scene.ranks.rank == 0:
+                kill(scene, name)
+                wait_until(lambda: scene.state(name) is State.STARTING)  # seen by the pool, whose engines write on
+            scene.ranks.json(lambda: None)
+            scene.publisher.events.append("it dies")
+            raise WeightSyncError(f"{name} has died in the middle of a publish")
+
+        scene.publisher.refill = die_first  # type: ignore[method-assign]
+        scene.holds_open = lambda: scene.process("engine-0").life < 2 or scene.state("engine-0") is not State.READY
+        groups = scene.step(lambda: kill(scene, "engine-0"))
+        assert scene.ranks.rank != 0 or len(groups or ()) == 4
+        return scene.publisher.events[2:]
+
+    assert on_scene(act) == [["it dies", "refill engine-0 1"]] * 2
