@@ -59,6 +59,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"vllm_devices": 3}, "in quotes"),
     ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization=1.5"),
     ({"vllm_max_model_length": 512}, "no room for a prompt"),
+    ({"vllm_max_restarts": -1}, "vllm_max_restarts=-1"),
     ({"vllm_base_port": 80}, "1024 to 65535"),
     ({"vllm_base_port": 65535, "vllm_num_engines": 2}, "65536"),
     ({"vllm_extra_args": {"--tensor-parallel-size": 2}}, "Set vllm_tensor_parallel_size instead"),

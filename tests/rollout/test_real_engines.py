@@ -44,12 +44,14 @@ from shoal.weights.publisher import WeightPublisher
 from shoal.weights.sources import make_source
 from shoal.wire.agreement import MODEL
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 STALL_S = 8.0
 MOMENT_S = 2.0
 WAIT_S = 60.0
 """Longest that a test waits for what comes at once on an idle machine."""
+COMEBACK_S = 400.0
+"""Longest that an engine may take to come back, which is to start."""
 MAX_MODEL_LEN = 4096
 NUM_PROMPTS, NUM_SAMPLES = 8, 4
 # Greedy, these weights write one token for ever; sampled, every seed writes something else.
@@ -194,8 +196,9 @@ class Step:
             score=self._score,
             settings=RolloutSettings(
                 backends=("gloo",) * len(fleet.engines),
-                pool=PoolSettings(dispatch=dispatch, stall_s=STALL_S, poll_s=0.3),
-                restarts=RestartSettings(max_in_a_row=2, timeout_s=300.0),
+                # An engine that is slow because another one starts beside it has not stalled.
+                pool=PoolSettings(dispatch=dispatch, stall_s=COMEBACK_S, poll_s=0.3),
+                restarts=RestartSettings(max_in_a_row=1, timeout_s=COMEBACK_S),
             ),
         )
         self.side = EngineSide(
@@ -222,7 +225,7 @@ class Step:
             sampling=SAMPLED,
             seed=lambda prompt, sample: 100 * prompt.row + sample,
         )
-        return self.side.during(lambda: self.side.collect(request, timeout_s=400.0))()
+        return self.side.during(lambda: self.side.collect(request, timeout_s=2 * COMEBACK_S))()
 
     def state(self, index: int) -> State:
         return self.rollouts.loads()[index].state
@@ -258,7 +261,7 @@ def _one_is_killed_restarted_and_refilled(fleet: Fleet, policy: Any, chance: ran
     try:
         assert step.side.publish(1).num_workers == 3
         undisturbed = _texts(step.collect())
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + COMEBACK_S
         step.holds_open = lambda: (
             time.monotonic() < deadline
             and (fleet.engines[victim].client is client or step.state(victim) is not State.READY)

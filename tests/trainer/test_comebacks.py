@@ -115,7 +115,8 @@ class Scene:
 
         def work() -> tuple[ScoredGroup, ...]:
             assert self.side.rollouts is not None
-            inner, happened = self.side.rollouts.collect, []
+            inner = self.side.rollouts.collect
+            happened: list[bool] = []
 
             def collect(request: Any, *, timeout_s: float, meanwhile: Callable[[], None]) -> Any:
                 def both() -> None:
@@ -126,7 +127,7 @@ class Scene:
 
                 return inner(request, timeout_s=timeout_s, meanwhile=both)
 
-            self.side.rollouts.collect = collect  # type: ignore[method-assign]
+            self.side.rollouts.collect = cast(Any, collect)  # type: ignore[method-assign]
             try:
                 return self.collect()
             finally:
@@ -147,7 +148,7 @@ class Scene:
             )
 
         settings = RolloutSettings(
-            backends=("gloo",) * len(self.fleet.engines),
+            backends=cast(Any, ("gloo",) * len(self.fleet.engines)),
             pool=PoolSettings(
                 dispatch=DispatchSettings(max_in_flight=2, affinity_margin=1), stall_s=WAIT_S, poll_s=0.05
             ),
@@ -187,7 +188,7 @@ def kill(scene: Scene, *names: str) -> None:
 
 
 def tokens(groups: tuple[ScoredGroup, ...] | None) -> list[list[list[int]]] | None:
-    return groups and [[rollout.token_ids.tolist() for rollout in group.rollouts] for group in groups]
+    return None if groups is None else [[rollout.token_ids.tolist() for rollout in group.rollouts] for group in groups]
 
 
 def writers(groups: tuple[ScoredGroup, ...] | None) -> set[str]:
@@ -230,8 +231,14 @@ def test_a_killed_engine_is_refilled_on_all_ranks_before_the_step_has_ended(
 
 def test_a_step_in_which_nothing_happens_costs_the_other_ranks_one_word() -> None:
     def act(scene: Scene) -> int:
-        words, json = [], scene.ranks.json
-        scene.ranks.json = lambda make: words.append(1) or json(make)  # type: ignore[method-assign]
+        words: list[int] = []
+        json = scene.ranks.json
+
+        def heard(make: Callable[[], Any]) -> Any:
+            words.append(1)
+            return json(make)
+
+        scene.ranks.json = heard  # type: ignore[method-assign]
         scene.step()
         return len(words)
 
@@ -436,3 +443,25 @@ def test_a_fleet_restarts_one_engine_with_a_client_of_its_own_and_keeps_the_orde
     fleet.check_alive()
     cast(FakeProcess, restarted.process).status = 7
     assert fleet.why_ended("engine-1") == "ended with status 7: no reason (see engine-1.1.log)"
+
+
+def test_an_engine_that_dies_while_it_is_refilled_is_restarted_once_more() -> None:
+    def act(scene: Scene) -> list[str]:
+        refill = scene.publisher.refill
+
+        def die_first(name: str, address: Any, version: int) -> None:
+            scene.publisher.refill = refill  # type: ignore[method-assign]
+            if scene.ranks.rank == 0:
+                kill(scene, name)
+                wait_until(lambda: scene.state(name) is State.STARTING)  # seen by the pool, whose engines write on
+            scene.ranks.json(lambda: None)
+            scene.publisher.events.append("it dies")
+            raise WeightSyncError(f"{name} has died in the middle of a publish")
+
+        scene.publisher.refill = die_first  # type: ignore[method-assign]
+        scene.holds_open = lambda: scene.process("engine-0").life < 2 or scene.state("engine-0") is not State.READY
+        groups = scene.step(lambda: kill(scene, "engine-0"))
+        assert scene.ranks.rank != 0 or len(groups or ()) == 4
+        return scene.publisher.events[2:]
+
+    assert on_scene(act) == [["it dies", "refill engine-0 1"]] * 2

@@ -16,8 +16,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from shoal import GRPOConfig, GRPOTrainer
-from shoal.errors import RewardError
+from shoal.errors import NoEngineError, RewardError
 from shoal.testing import tiny_model, tiny_tokenizer
+from shoal.testing.trainer import ReferenceTrainer
 
 MakeTrainer = Callable[..., Any]
 
@@ -181,6 +182,42 @@ def test_engines_end_when_the_training_is_interrupted_and_start_again_with_it(
     trainer.remove_callback(interrupts)
     trainer.train()
     assert trainer.state.global_step == 2 and trainer.rollouts.published == [0, 1, 2]
+
+
+class LosesItsEngines(ReferenceTrainer):
+    """Has no engine any more when a step begins."""
+
+    loses_them_at = 2
+
+    def score(self, *arguments: Any, **keywords: Any) -> Any:
+        if self.state.global_step == self.loses_them_at:
+            raise NoEngineError("no engine is left: engine-0 died (see engine-0.log)")
+        return super().score(*arguments, **keywords)
+
+
+def test_when_no_engine_is_left_the_last_step_is_saved_and_a_new_run_goes_on_from_there(
+    make_trainer: MakeTrainer, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    trainer = make_trainer(kind=LosesItsEngines, max_steps=3)
+    with pytest.raises(NoEngineError, match=r"engine-0 died"):
+        trainer.train()
+    assert trainer.rollouts is None
+    assert [folder.name for folder in Path(settings["output_dir"]).glob("checkpoint-*")] == ["checkpoint-2"]
+    following, whole = make_trainer(max_steps=3), make_trainer(max_steps=3, output_dir=str(tmp_path / "whole"))
+    following.train(resume_from_checkpoint=True)
+    whole.train()
+    assert following.state.global_step == 3
+    for name, value in following.model.named_parameters():
+        assert torch.equal(value, whole.model.get_parameter(name)), name
+
+
+def test_when_the_first_step_finds_no_engine_there_is_nothing_to_save(
+    make_trainer: MakeTrainer, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LosesItsEngines, "loses_them_at", 0)
+    with pytest.raises(NoEngineError):
+        make_trainer(kind=LosesItsEngines).train()
+    assert not list(Path(settings["output_dir"]).glob("checkpoint-*"))
 
 
 def test_a_reward_that_fails_in_a_later_step_ends_the_run_with_its_name(make_trainer: MakeTrainer) -> None:

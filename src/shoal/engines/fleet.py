@@ -46,6 +46,7 @@ class Fleet:
         self.engines = tuple(engines)
         self.api_key = api_key
         self._ended: set[str] = set()
+        self._former: list[EngineClient] = []
         self._lock = threading.Lock()
 
     @classmethod
@@ -131,7 +132,7 @@ class Fleet:
         """
         former = self._named(name)
         process, url = former.process.start_again()
-        former.client.close()
+        self._former.append(former.client)  # closed at the end: a publish may be about to learn that it answers no more
         engine = ManagedEngine(process=process, client=former.client.for_next_life(url, process.log_path))
         with self._lock:
             self.engines = tuple(engine if other.name == name else other for other in self.engines)
@@ -151,6 +152,8 @@ class Fleet:
         for engine in self.engines:
             engine.process.wait_ended()
             engine.client.close()
+        for client in self._former:
+            client.close()
 
     def __enter__(self) -> Fleet:
         return self

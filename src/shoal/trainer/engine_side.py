@@ -105,23 +105,6 @@ class EngineSide:
         assert self.rollouts is not None and self._comebacks is not None, "engines run by then"
         return self.rollouts.collect(request, timeout_s=timeout_s, meanwhile=self._comebacks.meanwhile)
 
-    def _publish_to_all(self, publisher: WeightPublisher, version: int) -> PublishReport:
-        if self.rollouts is not None:
-            self.rollouts.publishing(version)
-        try:
-            with self._ledger.phase("publish"):
-                report = publisher.publish(version)
-        except EnginesLostError:
-            raise
-        except WeightSyncError:
-            if self.rollouts is not None:
-                # A dead process explains a failed publish better than the publish does.
-                self.rollouts.check_alive()
-            raise
-        if self.rollouts is not None:
-            self.rollouts.take(report)
-        return report
-
     def take_counts(self) -> dict[str, float]:
         """Return what has gone wrong with engines since the last call, as metrics. On rank 0."""
         assert self.rollouts is not None, "engines run by then"
@@ -140,6 +123,23 @@ class EngineSide:
         if self.rollouts is not None:
             self.rollouts.close()
             self.rollouts = None
+
+    def _publish_to_all(self, publisher: WeightPublisher, version: int) -> PublishReport:
+        if self.rollouts is not None:
+            self.rollouts.publishing(version)
+        try:
+            with self._ledger.phase("publish"):
+                report = publisher.publish(version)
+        except EnginesLostError:
+            raise
+        except WeightSyncError:
+            if self.rollouts is not None:
+                # A dead process explains a failed publish better than the publish does.
+                self.rollouts.check_alive()
+            raise
+        if self.rollouts is not None:
+            self.rollouts.take(report)
+        return report
 
     def _connected(self) -> WeightPublisher:
         if self.publisher is None:

@@ -356,7 +356,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         """Save a checkpoint of the last whole step, to go on from when engines can run again."""
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if step == 0 or is_complete(folder):
+        if not self._exchange.json(lambda: step > 0 and not is_complete(folder)):
             return
         try:
             self._save_checkpoint(self.model_wrapped, None)

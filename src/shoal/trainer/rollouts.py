@@ -130,7 +130,8 @@ class Rollouts:
             for name, reason in reasons.items():
                 self._pool.lost(name, reason)
 
-        self._in_loop(tell)
+        if reasons:
+            self._in_loop(tell)
 
     def take_back(self) -> tuple[str, ...]:
         """Return the engines that have been restarted since the last call: they answer, and hold nothing yet."""
