@@ -119,13 +119,21 @@ def test_the_trainers_state_does_not_make_a_worker_import_transformers(make_call
 
     def look(trainer_state: Any, log_metric: Any, **_: Any) -> list[float]:
         log_metric("step", trainer_state.global_step)
+        log_metric("last", trainer_state.log_history[-1]["step"])
+        log_metric("history", len(trainer_state.log_history))
         log_metric("imported", "transformers" in sys.modules)
         return [0.0] * K
 
     prompt = Prompt(row=7, prompt="1+1=", token_ids=(1,), columns={})
-    state = TrainerState(global_step=5)
+    state = TrainerState(global_step=5, log_history=[{"step": step} for step in range(1000)])
     call = make_caller(look).score(prompt, [ROLLOUT] * K, ["a", "b", "c"], trainer_state=state)
-    assert asyncio.run(call).metrics == (("step", 5.0), ("imported", 0.0))
+    assert asyncio.run(call).metrics == (
+        ("step", 5.0),
+        ("last", 999.0),
+        ("history", 100.0),
+        ("imported", 0.0),
+    )
+    assert len(state.log_history) == 1000
 
 
 def test_synchronous_functions_leave_this_process_and_async_ones_stay(make_caller: MakeCaller) -> None:
