@@ -139,6 +139,7 @@ def test_a_function_that_raises_is_named_with_the_row_and_the_cause() -> None:
     ) as caught:
         score(broken)
     assert isinstance(caught.value.__cause__, KeyError)
+    assert type(caught.value) is RewardError
 
 
 @pytest.mark.parametrize("raised", [StopIteration("x"), SystemExit(3), TimeoutError("mine"), asyncio.CancelledError()])

@@ -119,13 +119,21 @@ def test_the_trainers_state_does_not_make_a_worker_import_transformers(make_call
 
     def look(trainer_state: Any, log_metric: Any, **_: Any) -> list[float]:
         log_metric("step", trainer_state.global_step)
+        log_metric("last", trainer_state.log_history[-1]["step"])
+        log_metric("history", len(trainer_state.log_history))
         log_metric("imported", "transformers" in sys.modules)
         return [0.0] * K
 
     prompt = Prompt(row=7, prompt="1+1=", token_ids=(1,), columns={})
-    state = TrainerState(global_step=5)
+    state = TrainerState(global_step=5, log_history=[{"step": step} for step in range(1000)])
     call = make_caller(look).score(prompt, [ROLLOUT] * K, ["a", "b", "c"], trainer_state=state)
-    assert asyncio.run(call).metrics == (("step", 5.0), ("imported", 0.0))
+    assert asyncio.run(call).metrics == (
+        ("step", 5.0),
+        ("last", 999.0),
+        ("history", 100.0),
+        ("imported", 0.0),
+    )
+    assert len(state.log_history) == 1000
 
 
 def test_synchronous_functions_leave_this_process_and_async_ones_stay(make_caller: MakeCaller) -> None:
@@ -338,7 +346,7 @@ def test_closing_ends_the_workers_and_a_later_call_starts_others(make_caller: Ma
 
 
 SCRIPT = """
-import asyncio, os, sys, time
+import asyncio, os, subprocess, sys, time
 import numpy as np
 from shoal.rewards import RewardCaller, normalise_reward_funcs
 from shoal.types import Prompt, Rollout
@@ -351,12 +359,15 @@ def scaled(n):
 
 def reward(hang, **_):
     print("worker", os.getpid(), flush=True)
+    if hang[0] == "program":
+        program = subprocess.Popen(["sleep", "600"])
+        print("program", program.pid, flush=True)
     return [scaled(9 ** 9 ** 9 ** 9 if hang[0] else 1)]
 
 rollout = Rollout(token_ids=np.zeros(1, np.int32), rollout_logprobs=np.zeros(1, np.float32), finish_reason="stop",
                   weight_version=0, engine="e")
 caller = RewardCaller(normalise_reward_funcs(reward), timeout_s=600, num_workers=1)
-prompt = Prompt(row=0, prompt="p", token_ids=(1,), columns={"hang": "hang" in sys.argv})
+prompt = Prompt(row=0, prompt="p", token_ids=(1,), columns={"hang": "".join(sys.argv[1:])})
 print("reward", asyncio.run(caller.score(prompt, [rollout], ["c"])).rewards.tolist(), flush=True)
 """
 
@@ -375,13 +386,16 @@ def test_a_function_of_the_script_itself_runs_without_running_the_script_again(t
 
 def test_a_worker_that_hangs_in_native_code_ends_with_a_trainer_that_was_killed(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
-    trainer = subprocess.Popen([sys.executable, str(tmp_path / "train.py"), "hang"], stdout=subprocess.PIPE, text=True)
+    trainer = subprocess.Popen(
+        [sys.executable, str(tmp_path / "train.py"), "program"], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "script\n"
-        worker = int(trainer.stdout.readline().split()[1])
-        assert is_running(worker)
+        worker, program = (int(trainer.stdout.readline().split()[1]) for _ in range(2))
+        assert is_running(worker) and is_running(program)
     finally:
         trainer.kill()
         trainer.wait(timeout=30)
     wait_until(lambda: not is_running(worker))
+    wait_until(lambda: not is_running(program))

@@ -189,7 +189,8 @@ class RewardCaller:
             prompt: The prompt.
             rollouts: The K completions as token ids.
             completions: The same K completions as text, or as a list of one assistant message each.
-            trainer_state: Handed to the functions as it is; to worker processes, as a copy of its attributes.
+            trainer_state: Handed to the functions as it is; to worker processes, as a copy of its attributes, with the
+                last 100 entries of its `log_history`.
             on_error: Whether a function that raises, times out or answers something that is not one finite number or
                 `None` per completion is an error, or a `RewardFailure` in the result. An answer that is as long as it
                 should be fails the samples that it has no number for; anything else fails the whole group.

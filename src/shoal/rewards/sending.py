@@ -12,6 +12,7 @@ from shoal.errors import ConfigError, RewardError
 from shoal.rewards.functions import RewardFunction
 from shoal.rewards.worker_process import Setup
 
+_MOST_HISTORY = 100
 _WAY_OUT = (
     "Define it at the top level of a module that can be imported, with whatever cannot be copied (locks, connections, "
     "models) made inside of it; or set reward_workers=0, which calls it on a thread of the trainer."
@@ -80,10 +81,16 @@ def pickle_keywords(keywords: Mapping[str, Any], *, who: str) -> bytes:
 
 
 def plain_state(trainer_state: object) -> object:
-    """Return the trainer's state as bare attributes; for its own class each worker would import transformers."""
+    """Return the trainer's state as bare attributes; for its own class each worker would import transformers.
+
+    Of a long `log_history` the end goes: all of 10,000 steps is 8 MiB, which would be copied for each group.
+    """
     if not hasattr(trainer_state, "__dict__"):
         return trainer_state
-    return types.SimpleNamespace(**vars(trainer_state))
+    attributes = dict(vars(trainer_state))
+    if isinstance(history := attributes.get("log_history"), list):
+        attributes["log_history"] = history[-_MOST_HISTORY:]
+    return types.SimpleNamespace(**attributes)
 
 
 def _can_be_pickled(value: object) -> bool:

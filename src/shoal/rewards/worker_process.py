@@ -18,6 +18,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, TypedDict
 
@@ -99,6 +100,7 @@ def main(descriptor: int, parent: int) -> None:
         parent: Process id of the trainer.
     """
     _end_with(parent)
+    _leave_nothing_behind(descriptor)
     connection = Connection(descriptor)
     try:
         functions = _functions(pickle.loads(connection.recv_bytes()))
@@ -130,10 +132,37 @@ def failure_of(error: BaseException) -> Failure:
 
 def _end_with(parent: int) -> None:
     """Have the kernel kill this process when the thread of the trainer that started it is gone."""
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    _at_end_of_parent(signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the trainer ended before its worker had begun")
+
+
+def _leave_nothing_behind(descriptor: int) -> None:
+    """Leave a process that waits for the end of this one, and then kills what this one has started and left.
+
+    Reward functions run programs, and the kernel kills this process alone. Forked now, while nothing is imported and
+    no thread runs.
+
+    Args:
+        descriptor: The connection, whose end the trainer must see when this process ends.
+    """
+    group = os.getpid()  # started as the leader of a group of its own
+    if os.fork() != 0:
+        return
+    os.close(descriptor)
+    os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    _at_end_of_parent(signal.SIGTERM)
+    if os.getppid() == group:
+        signal.sigwait({signal.SIGTERM})
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(0)
+
+
+def _at_end_of_parent(number: signal.Signals) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
 def _functions(setup: Setup) -> list[Callable[..., Any]]:

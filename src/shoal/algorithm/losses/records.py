@@ -50,9 +50,8 @@ class TokenLoss:
 
 
 TokenWeights: TypeAlias = Callable[[npt.NDArray[np.int64], npt.NDArray[np.bool_]], npt.NDArray[np.float64]]
-"""(tokens of each completion that the policy wrote, `[S]`, of the whole step; whether each sequence is in the loss,
-`[S]`) to the weight that every such token of each sequence has, `[S]`; 0 for a sequence that is not in the loss or has
-no token."""
+"""(how many tokens of each completion the policy wrote `[S]`, of the whole step, whether each sequence is in the loss
+`[S]`) to the weight that each of these tokens has, `[S]`; 0 for a sequence that is not in the loss or has no token."""
 
 TokenLossFunction: TypeAlias = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, LossSettings], TokenLoss
