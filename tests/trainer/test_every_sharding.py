@@ -46,7 +46,6 @@ STEPS: dict[str, dict[str, Any]] = {
         "settings": CUT | {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
     },
     "ddp, lora, kl": {"settings": CUT | KL, "lora": "lora"},
-    "ddp, compiled": {"settings": CUT | {"torch_compile": True, "torch_compile_backend": "aot_eager"}},
     "fsdp2": {"settings": CUT, "fsdp2": FSDP2},
     "fsdp2, one call": {"settings": ONE_CALL, "fsdp2": FSDP2},
     "fsdp2, few and many sequences": {"settings": FEW_AND_MANY, "fsdp2": FSDP2},
@@ -61,10 +60,6 @@ STEPS: dict[str, dict[str, Any]] = {
         "fsdp2": FSDP2 | {"cpu_ram_efficient_loading": True},
     },
     "fsdp2, lora, kl": {"settings": CUT | KL, "lora": "lora", "fsdp2": {"reshard_after_forward": False}},
-    "fsdp2, compiled": {
-        "settings": CUT | {"torch_compile": True, "torch_compile_backend": "aot_eager"},
-        "fsdp2": FSDP2,
-    },
 }
 CONTROLS: dict[str, dict[str, Any]] = {
     "a micro-batch dropped": {"settings": CUT, "fsdp2": FSDP2, "broken": "drops_one"},
@@ -121,7 +116,10 @@ def every_sharding() -> dict[str, dict[str, Any]]:
         changes = {"gradient_checkpointing": recomputed, "gradient_accumulation_steps": accumulation}
         more = {"dtype": "float32"} if lora == "qlora" else {}
         found[name] = {"settings": CUT | KL | settings | changes, "lora": lora, **case, **more}
-    found["ddp by inductor"] = {"settings": CUT | {"torch_compile": True}, "dtype": "float32"}
+    compiled = ONE_CALL | {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    found["ddp, compiled"] = {"settings": compiled}
+    found["fsdp2, compiled"] = {"settings": compiled, "fsdp2": FSDP2}
+    found["ddp, compiled by inductor"] = {"settings": ONE_CALL | {"torch_compile": True}, "dtype": "float32"}
     return found
 
 
