@@ -234,9 +234,11 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
 @pytest.mark.parametrize("saved", ["saved whole/checkpoint-4", "saved whole/final", "saved in parts/final"])
 def test_what_two_processes_saved_is_loaded_by_one(on_two_processes: Any, folder: Path, saved: str) -> None:
     trained = on_two_processes(saved.partition("/")[0])["weights"]
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "runs" / saved)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "runs" / saved, dtype=torch.float64)
     assert largest_error(dict(loaded.named_parameters()), trained) == 0
-    earlier = AutoModelForCausalLM.from_pretrained(folder / "runs" / "saved whole" / "checkpoint-2")
+    earlier = AutoModelForCausalLM.from_pretrained(
+        folder / "runs" / "saved whole" / "checkpoint-2", dtype=torch.float64
+    )
     assert largest_error(dict(earlier.named_parameters()), trained) > 1e-3
 
 
