@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -181,7 +182,9 @@ class OneStepTrainer(ReferenceTrainer):
             plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
             if self.accelerator.mixed_precision != "no":
                 plugin.set_mixed_precision(self.accelerator.mixed_precision)
-            self.accelerator.state.distributed_type = DistributedType.FSDP
+            # Each new view of the state is filled in from accelerate's lower one, so both must say so.
+            for state in (self.accelerator.state, PartialState()):
+                state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = plugin
             self.is_fsdp_enabled = True
 
