@@ -287,6 +287,48 @@ def test_metrics_survive_being_packed_for_an_all_reduce() -> None:
     assert unpack_metrics(packed) == metrics
 
 
+AGAINST_ENGINE = dataclasses.replace(SETTINGS, correction=None, old_from="rollout", beta=0.0)
+
+
+def test_the_engines_logprobs_can_be_the_old_ones() -> None:
+    rows = make_rows([3, 5], [True, True], seed=1)
+    rows = [dataclasses.replace(row, rollout=torch.where(row.rollout.isnan(), 0.1, row.rollout)) for row in rows]
+    batch = micro_batch(rows, [0.1, 0.2])
+    policy = torch.cat([row.policy for row in rows])
+
+    def loss(how: ObjectiveSettings, old: torch.Tensor | None) -> Objective:
+        return grpo_objective(batch, policy, old_logprobs=old, ref_logprobs=None, settings=how)
+
+    found = loss(AGAINST_ENGINE, None)
+    plain = dataclasses.replace(AGAINST_ENGINE, old_from="policy")
+    assert found.loss == loss(plain, batch.rollout_logprobs).loss
+    assert found.loss != loss(plain, None).loss  # the control
+    # What is logged as the gap between trainer and engine is still that.
+    gap = (policy - batch.rollout_logprobs).abs().max().item()
+    assert found.metrics.logprob_difference_max.item() == pytest.approx(gap)
+
+
+def test_a_token_without_the_engines_logprob_counts_as_agreeing() -> None:
+    (row,) = make_rows([4], [True], seed=2)
+    unknown = dataclasses.replace(row, rollout=torch.full((4,), torch.nan))
+    same = dataclasses.replace(row, rollout=row.policy.float())
+    losses = [
+        grpo_objective(
+            micro_batch([each], [0.25]), each.policy, old_logprobs=None, ref_logprobs=None, settings=AGAINST_ENGINE
+        ).loss.item()
+        for each in (unknown, same)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] != 0
+
+
+def test_two_ways_to_account_for_the_engine_contradict_each_other() -> None:
+    rows = make_rows([1], [True], seed=0)
+    corrected = dataclasses.replace(AGAINST_ENGINE, correction=CORRECTION)
+    for how, old in ((corrected, None), (AGAINST_ENGINE, rows[0].old)):
+        with pytest.raises(ConfigError, match="old_logprobs"):
+            grpo_objective(micro_batch(rows, [1.0]), rows[0].policy, old_logprobs=old, ref_logprobs=None, settings=how)
+
+
 def test_a_loss_that_does_not_exist_is_refused() -> None:
     rows = make_rows([1], [True], seed=0)
     with pytest.raises(ConfigError, match=r"loss_type='ppo' is not a loss\. Use one of dapo, grpo"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.algorithm.logprobs import token_logprobs
-from shoal.algorithm.truncation import Truncation, support_bounds
+from shoal.algorithm.truncation import Truncation, find_support
 
 TRUNCATIONS = st.builds(
     Truncation,
@@ -37,6 +37,10 @@ def staying(logits: list[float], truncation: Truncation) -> list[bool]:
     return [s and x >= smallest for s, x in zip(stays, logits, strict=True)]
 
 
+def left_of(logits: torch.Tensor, truncation: Truncation) -> torch.Tensor:
+    return logits > find_support(logits, logits.argmax(-1), truncation).low[:, None]
+
+
 def random_logits(num_rows: int, vocabulary: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 2 * torch.randn(num_rows, vocabulary, generator=generator, dtype=torch.float64)
@@ -48,7 +52,7 @@ def test_the_tokens_that_stay_are_those_of_the_written_out_rule(
     truncation: Truncation, vocabulary: int, seed: int
 ) -> None:
     logits = random_logits(3, vocabulary, seed)
-    found = logits > support_bounds(logits, truncation)[:, None]
+    found = left_of(logits, truncation)
     assert found.tolist() == [staying(row, truncation) for row in logits.tolist()]
 
 
@@ -56,7 +60,7 @@ def test_what_the_filters_leave_by_hand() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
 
     def left(**filters: float) -> list[bool]:
-        return (logits > support_bounds(logits, Truncation(**filters))[:, None])[0].tolist()  # type: ignore[arg-type]
+        return left_of(logits, Truncation(**filters))[0].tolist()  # type: ignore[arg-type]
 
     assert left(top_k=2) == [True, True, False, False]
     assert left(top_p=0.79) == [True, True, False, False]
@@ -67,9 +71,26 @@ def test_what_the_filters_leave_by_hand() -> None:
     assert left(top_p=0.6) == [True, True, False, False]  # the control: without top-k it has 0.5
 
 
-def test_tokens_that_are_tied_with_the_last_one_stay() -> None:
-    logits = torch.tensor([[3.0, 1.0, 1.0, 0.0]])
-    assert (logits > support_bounds(logits, Truncation(top_k=2))[:, None]).tolist() == [[True, True, True, False]]
+@pytest.mark.parametrize(("sampled", "wanted"), [(0, 0.0), (1, -2.0), (2, -2.0), (4, -3.0)])
+def test_of_tokens_tied_for_the_last_places_as_many_count_as_there_are_places(sampled: int, wanted: float) -> None:
+    # Two of the three that are tied have a place. Whoever it was, the engine has divided by the sum of three tokens.
+    logits = torch.tensor([[0.0, -2.0, -2.0, -2.0, -3.0]], dtype=torch.float64, requires_grad=True)
+    found = token_logprobs(logits, torch.tensor([sampled]), 1.0, truncation=Truncation(top_k=3))
+    total = 1 + 2 * math.exp(-2) + (math.exp(-3) if sampled == 4 else 0.0)
+    assert found.logprobs.item() == pytest.approx(wanted - math.log(total))
+    found.logprobs.sum().backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    assert logits.grad.sum().item() == pytest.approx(0.0, abs=1e-12)
+    others = [i for i in (1, 2, 3) if i != sampled]
+    share = (1 if sampled in (1, 2, 3) else 2) / len(others)
+    for token in others:
+        assert logits.grad[0, token].item() == pytest.approx(-share * math.exp(-2) / total)
+
+
+def test_top_p_counts_tied_tokens_alike() -> None:
+    logits = torch.tensor([[0.4, 0.2, 0.2, 0.2]], dtype=torch.float64).log()
+    found = token_logprobs(logits, torch.tensor([0]), 1.0, truncation=Truncation(top_p=0.55))
+    assert found.logprobs.item() == pytest.approx(math.log(0.4 / 0.6))
 
 
 def test_neighbouring_numbers_fall_on_the_right_sides_of_the_bound() -> None:
@@ -77,7 +98,7 @@ def test_neighbouring_numbers_fall_on_the_right_sides_of_the_bound() -> None:
         high = torch.tensor(value)
         low = torch.nextafter(high, torch.tensor(-torch.inf))
         logits = torch.stack([high, low])[None]
-        assert (logits > support_bounds(logits, Truncation(top_k=1))[:, None]).tolist() == [[True, False]]
+        assert left_of(logits, Truncation(top_k=1)).tolist() == [[True, False]]
 
 
 @settings(deadline=None, max_examples=60)

@@ -139,6 +139,15 @@ def test_an_adapted_head_goes_through_logits() -> None:
         decided(model, fused=True)
 
 
+def test_a_head_with_a_hook_goes_through_logits_which_the_hook_expects() -> None:
+    model, shapes = tiny_model(dtype=torch.float64), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[-1]))
+    logprobs = decided(model)
+    assert not logprobs.is_fused
+    logprobs.of_policy(model, make_batch())
+    assert shapes == [VOCABULARY]
+
+
 class Shifted(nn.Module):
     """A model that does to its logits what Shoal does not know."""
 

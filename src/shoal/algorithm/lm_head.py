@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from shoal.algorithm.logprobs import TokenLogprobs, check_temperature
-from shoal.algorithm.truncation import Truncation, cut_, support_bounds
+from shoal.algorithm.truncation import Support, Truncation, cut_, find_support
 
 MAX_TILE_ELEMENTS = 1 << 24
 """Logits of a tile: 4096 x 4096, large enough for a matrix product to run at full speed; 64 MiB in float32.
@@ -26,8 +26,8 @@ Beyond its inputs and their gradients the computation takes at most about
 
 (four float32 tiles' worth of temporaries, the sum of the hidden states' gradient, one block of the weight's gradient):
 0.8 GiB for 32k tokens of width 4096, whatever the vocabulary. The logits alone would be 9.3 GiB in bfloat16, and
-18.6 GiB in float32, for a vocabulary of 151,936. Truncated sampling adds a pass over whole rows, 2 tiles' worth at
-a time.
+18.6 GiB in float32, for a vocabulary of 151,936. Truncated sampling adds a pass over whole rows, as
+many at a time as make a tile, with some ten tiles' worth of temporaries (the sort's among them).
 """
 
 
@@ -137,7 +137,9 @@ class _HeadLogprobs(torch.autograd.Function):
             # The entropy of a choice among blocks, and then within one.
             share = (normalizers - normalizer).exp_()
             entropy = (torch.special.entr(share) + share * entropies).sum(dim=0)
-        ctx.save_for_backward(hidden, weight, bias, target_ids, normalizer, tiles.bounds)
+        support = tiles.support
+        bounds = () if support is None else (support.low, support.high, support.log_share)
+        ctx.save_for_backward(hidden, weight, bias, target_ids, normalizer, *bounds)
         ctx.settings = settings
         ctx.mark_non_differentiable(entropy)
         return sampled - normalizer, entropy
@@ -145,11 +147,12 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprobs: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, target_ids, normalizer, bounds = ctx.saved_tensors
+        hidden, weight, bias, target_ids, normalizer, *bounds = ctx.saved_tensors
+        support = Support(*bounds) if bounds else None
         settings: _Settings = ctx.settings
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = _Tiles(hidden, weight, bias, target_ids, settings, bounds)
+            tiles = _Tiles(hidden, weight, bias, target_ids, settings, support)
             scale = grad_logprobs / settings.temperature
             grad_hidden = torch.zeros_like(hidden, dtype=settings.sum_dtype) if needs_hidden else None
             grad_weight = torch.empty_like(weight) if needs_weight else None
@@ -190,16 +193,16 @@ class _Tiles:
         bias: torch.Tensor | None,
         target_ids: torch.Tensor,
         settings: _Settings,
-        bounds: torch.Tensor | None = None,
+        support: Support | None = None,
     ) -> None:
         self._hidden, self._weight, self._bias = hidden, weight, bias
         self._target_ids, self._settings = target_ids, settings
         num_rows = max(1, min(len(hidden), math.isqrt(settings.max_tile_elements)))
         self.rows = tuple(_slices(len(hidden), num_rows))
         self.blocks = tuple(_slices(len(weight), max(1, settings.max_tile_elements // num_rows)))
-        self.bounds = bounds
-        if bounds is None and settings.truncation is not None:
-            self.bounds = self._find_bounds(settings.truncation)
+        self.support = support
+        if support is None and settings.truncation is not None:
+            self.support = self._find_support(settings.truncation)
 
     def block(self, columns: slice) -> _Block:
         """Return a block of the weight and the bias in the type of the matrix products."""
@@ -209,12 +212,16 @@ class _Tiles:
     def logits(self, rows: slice, block: _Block, columns: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return a tile's logits after temperature and truncation, each row's target in it, and whether it is there."""
         logits = self._whole(rows, block)
+        return logits, *self._cut(logits, rows, columns)
+
+    def _cut(self, logits: torch.Tensor, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Truncate a tile in place; return each row's target in it, and whether it is there."""
         target = self._target_ids[rows] - columns.start
         is_here = (target >= 0) & (target < logits.shape[1])
         target = target.clamp(0, logits.shape[1] - 1)
-        if self.bounds is not None:
-            cut_(logits, self.bounds[rows], target, is_here)
-        return logits, target, is_here
+        if self.support is not None:
+            cut_(logits, self.support.rows(rows), target, is_here)
+        return target, is_here
 
     def gradient(
         self, rows: slice, block: _Block, columns: slice, normalizer: torch.Tensor, scale: torch.Tensor
@@ -228,12 +235,11 @@ class _Tiles:
             normalizer: `[N]`.
             scale: `[N]`, the gradient of each logprob, over the temperature.
         """
-        logits, target, is_here = self.logits(rows, block, columns)
-        form = self._settings.form
+        logits, form = self._whole(rows, block), self._settings.form
         slope = None
         if form.softcap is not None:
             slope = 1 - (logits * (self._settings.temperature / form.softcap)).square_()
-            slope.masked_fill_(torch.isinf(logits), 0.0)
+        target, is_here = self._cut(logits, rows, columns)
         # d logprob / d logits = (onehot(target) - softmax) / temperature
         grad = logits.sub_(normalizer[rows, None]).exp_().mul_(-scale[rows, None])
         grad.scatter_add_(1, target[:, None], (scale[rows] * is_here)[:, None])
@@ -252,14 +258,19 @@ class _Tiles:
             logits = logits.div_(form.softcap).tanh_().mul_(form.softcap)
         return logits.div_(settings.temperature)
 
-    def _find_bounds(self, truncation: Truncation) -> torch.Tensor:
-        """Find each row's bound, which takes its whole row of logits."""
-        vocabulary = len(self._weight)
-        bounds = torch.zeros(len(self._hidden), dtype=self._settings.sum_dtype, device=self._hidden.device)
-        for rows in _slices(len(self._hidden), max(1, self._settings.max_tile_elements // max(1, vocabulary))):
-            whole = [self._whole(rows, self.block(columns)) for columns in self.blocks]
-            bounds[rows] = support_bounds(torch.cat(whole, dim=1), truncation)
-        return bounds
+    def _find_support(self, truncation: Truncation) -> Support:
+        """Find what is left of each row, which takes its whole row of logits."""
+        num_rows = max(1, self._settings.max_tile_elements // max(1, len(self._weight)))
+        found = []
+        for rows in _slices(len(self._hidden), num_rows):
+            whole = torch.cat([self._whole(rows, self.block(columns)) for columns in self.blocks], dim=1)
+            found.append(find_support(whole, self._target_ids[rows], truncation))
+        empty = self._hidden.new_empty(0, dtype=self._settings.sum_dtype)
+        return Support(
+            low=torch.cat([empty, *(part.low for part in found)]),
+            high=torch.cat([empty, *(part.high for part in found)]),
+            log_share=torch.cat([empty, *(part.log_share for part in found)]),
+        )
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

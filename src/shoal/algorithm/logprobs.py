@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shoal.algorithm.truncation import Truncation, cut_, support_bounds
+from shoal.algorithm.truncation import Support, Truncation, cut_, find_support
 from shoal.errors import ConfigError
 
 MAX_CHUNK_ELEMENTS = 1 << 25
@@ -93,18 +93,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         logprobs = torch.empty(len(logits), dtype=dtype, device=logits.device)
         entropy, log_normalizer = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        bounds = None if truncation is None else torch.empty_like(logprobs)
+        support = None if truncation is None else Support(*(torch.empty_like(logprobs) for _ in range(3)))
         for rows in _row_chunks(logits, max_chunk_elements):
             scaled = logits[rows].to(dtype) / temperature
-            if bounds is not None and truncation is not None:
-                bounds[rows] = support_bounds(scaled, truncation)
-                cut_(scaled, bounds[rows], target_ids[rows], _everywhere(target_ids[rows]))
+            if support is not None and truncation is not None:
+                found = find_support(scaled, target_ids[rows], truncation)
+                support.low[rows], support.high[rows], support.log_share[rows] = found.low, found.high, found.log_share
+                cut_(scaled, found, target_ids[rows], _everywhere(target_ids[rows]))
             log_normalizer[rows] = torch.logsumexp(scaled, dim=-1)
             logprobs[rows] = scaled.gather(1, target_ids[rows, None]).squeeze(1) - log_normalizer[rows]
             # entr(p) = -p log p is 0 at p = 0, where p times an infinite logit would be NaN.
             probs = scaled.sub_(log_normalizer[rows, None]).exp_()
             entropy[rows] = torch.special.entr(probs).sum(dim=-1)
-        ctx.save_for_backward(logits, target_ids, log_normalizer, bounds)
+        bounds = () if support is None else (support.low, support.high, support.log_share)
+        ctx.save_for_backward(logits, target_ids, log_normalizer, *bounds)
         ctx.temperature, ctx.max_chunk_elements = temperature, max_chunk_elements
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -112,13 +114,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprobs: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, target_ids, log_normalizer, bounds = ctx.saved_tensors
+        logits, target_ids, log_normalizer, *bounds = ctx.saved_tensors
+        support = Support(*bounds) if bounds else None
         grad_logits = torch.empty_like(logits)
         for rows in _row_chunks(logits, ctx.max_chunk_elements):
             # d logprob / d logits = (onehot(target) - softmax) / temperature
             scaled = logits[rows].to(log_normalizer.dtype) / ctx.temperature
-            if bounds is not None:
-                cut_(scaled, bounds[rows], target_ids[rows], _everywhere(target_ids[rows]))
+            if support is not None:
+                cut_(scaled, support.rows(rows), target_ids[rows], _everywhere(target_ids[rows]))
             probs = scaled.sub_(log_normalizer[rows, None]).exp_()
             row_scale = (grad_logprobs[rows] / ctx.temperature)[:, None]
             grad = probs.mul_(-row_scale).scatter_add_(1, target_ids[rows, None], row_scale)

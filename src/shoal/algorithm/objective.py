@@ -100,7 +100,9 @@ def grpo_objective(
     policy = torch.where(in_loss, policy_logprobs, 0.0)
     rollout = torch.where(in_loss, micro_batch.rollout_logprobs, 0.0)
     trainer = policy.detach() if old_logprobs is None else torch.where(in_loss, old_logprobs.detach(), 0.0)
-    old = rollout if settings.old_from == "rollout" else trainer
+    old = trainer
+    if settings.old_from == "rollout":
+        old = torch.where(torch.isnan(rollout), trainer, rollout)  # without an engine's logprob: as if they agreed
 
     tokens = LOSSES[settings.loss_type].token_loss(
         policy, old, micro_batch.advantages, micro_batch.sequence_index, micro_batch.num_sequences, settings.loss

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.algorithm.truncation import Truncation, support_bounds
+from shoal.algorithm.truncation import Truncation, find_support
 from shoal.types import EngineReport, FinishReason, Rollout, RolloutRequest, SamplingSettings
 
 
@@ -78,7 +78,8 @@ def _sample(logits: torch.Tensor, sampling: SamplingSettings, random: np.random.
     logits = logits / sampling.temperature
     truncation = Truncation(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
     if not truncation.is_off:
-        logits = logits.masked_fill(logits <= support_bounds(logits[None], truncation), -torch.inf)
+        low = find_support(logits[None], logits.argmax()[None], truncation).low
+        logits = logits.masked_fill(logits <= low, -torch.inf)
     logprobs = torch.log_softmax(logits, dim=-1)
     cumulative = logprobs.exp().cumsum(0)
     token = int(torch.searchsorted(cumulative, random.random() * float(cumulative[-1]), right=True))

@@ -559,7 +559,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             has_boundaries=takes_boundaries(model),
         )
         free = free_gpu_bytes(self.args.device) - bytes_to_come(model, self.optimizer)
-        tokens = max(min(self._exchange.gather_json(tokens_that_fit(shape, free))), self._max_sequence())
+        tokens = max(int(min(self._exchange.gather_json(tokens_that_fit(shape, free)))), self._max_sequence())
         logger.info("max_tokens_per_micro_batch=%d, from the memory that is free", tokens)
         return tokens
 

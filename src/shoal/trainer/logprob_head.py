@@ -117,8 +117,8 @@ class LogprobHead(nn.Linear):
 def replace_head(policy: nn.Module, switch: HeadSwitch | None = None) -> HeadSwitch | None:
     """Put the stand-in in place of the (unwrapped) model's LM head; None where that cannot work.
 
-    It cannot where the head is not a plain `nn.Linear`: quantised, or adapted by LoRA. A head that PEFT trains whole
-    (`modules_to_save`) is replaced in each of PEFT's copies.
+    It cannot where the head is not a plain `nn.Linear`: quantised, adapted by LoRA, or with hooks, which expect logits.
+    A head that PEFT trains whole (`modules_to_save`) is replaced in each of PEFT's copies.
 
     Args:
         policy: The model.
@@ -131,7 +131,7 @@ def replace_head(policy: nn.Module, switch: HeadSwitch | None = None) -> HeadSwi
     copies = [head]
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         copies = [head.original_module, *head.modules_to_save.values()]
-    if not all(type(copy) is nn.Linear and "forward" not in vars(copy) for copy in copies):
+    if not all(map(_is_plain, copies)):
         return None
     switch = switch or HeadSwitch()
     owners = [(module, name, child) for module in base.modules() for name, child in module.named_children()]
@@ -139,6 +139,12 @@ def replace_head(policy: nn.Module, switch: HeadSwitch | None = None) -> HeadSwi
         if any(child is copy for copy in copies):
             setattr(module, name, LogprobHead.standing_in_for(child, switch))
     return switch
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether a head is a linear layer, and nothing changes what it does."""
+    has_hooks = bool(head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+    return type(head) is nn.Linear and "forward" not in vars(head) and not has_hooks
 
 
 def form_of(output: torch.Tensor) -> HeadForm | None:
