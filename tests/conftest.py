@@ -27,6 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills-seed", type=int, default=random.randrange(1 << 31), help="of whom and when to kill")
     parser.addoption("--kills-report", type=Path, help="file to write what became of each to, as JSON")
     parser.addoption("--all-shardings", action="store_true", help="train under every combination of shardings")
+    parser.addoption(
+        "--bench-engines", action="store_true", help="measure rollouts with real engines, which takes minutes"
+    )
     parser.addoption("--soak-rounds", type=int, default=2, help="times that an engine is lost while three write")
     parser.addoption("--soak-seed", type=int, default=None, help="of the choice of engine, fate and moment")
 

@@ -248,6 +248,29 @@ def test_an_answer_that_is_not_json_is_told(server: Server) -> None:
     assert "/pause with something that is not JSON" in failure(lambda: client_of(server.url).post("/pause", None, 5))
 
 
+def test_an_answer_that_is_longer_than_it_can_be_is_refused_before_it_is_read(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.engines.client.MOST_CONTROL_BYTES", 1000)
+    monkeypatch.setattr("shoal.engines.client.MOST_METRICS_BYTES", 1000)
+    server.say({"x": "y" * 2000})
+    assert "/pause with more than the 1000 bytes" in failure(lambda: client_of(server.url).post("/pause", None, 5))
+    client = client_of(server.url)
+    assert "/metrics with more than the 1000" in failure(lambda: asynchronously(client, client.report))
+    server.say(b'{"x": "' + b"y" * (2 << 20) + b'"}')  # 12 tokens have less than that
+    assert "/v1/completions with more than the" in failure(lambda: generate(client_of(server.url)))
+    server.say({"x": "y"})  # the control
+    assert client_of(server.url).post("/pause", None, 5) == {"x": "y"}
+
+
+def test_metrics_that_are_no_numbers_are_told(server: Server) -> None:
+    client = client_of(server.url)
+    for value in (b"x", b"nan", b"inf", b""):
+        server.body = b'vllm:num_requests_running{engine="0"} ' + value + b"\n"
+        assert "vllm:num_requests_running" in failure(lambda: client.num_running(5))
+    client.close()
+
+
 def test_a_slow_completion_is_given_up_after_the_time_out_which_is_named(server: Server) -> None:
     server.say(GOOD)
     server.delay_s = 20

@@ -48,6 +48,18 @@ def test_all_workers_that_failed_are_named(threads: ThreadPoolExecutor) -> None:
     assert str(failure.value) == ("engine-0 worker 0 failed at say: left; engine-0 worker 2 failed at say: no memory")
 
 
+@pytest.mark.parametrize("answer", [None, 7, [], {}, {"results": None}, {"results": [7]}, {"results": [{}]}], ids=str)
+def test_an_engine_that_answers_nonsense_is_an_error_that_names_it(answer: Any, threads: ThreadPoolExecutor) -> None:
+    engine = engine_of()
+    engine.post = lambda path, body, timeout_s: answer  # type: ignore[method-assign]
+    control = EngineControl(engine, threads, 5)
+    with pytest.raises(WeightSyncError, match="engine-0 answered say"):
+        control.call("say")
+    engine.post = lambda path, body, timeout_s: {"results": [], "pause_s": "x"}  # type: ignore[method-assign]
+    with pytest.raises(WeightSyncError, match="engine-0 does not say how long"):
+        control.receive(pauses=True, patience_s=1)
+
+
 def test_receiving_pauses_first_and_waits_as_long_as_it_is_told(threads: ThreadPoolExecutor) -> None:
     engine = engine_of()
     for worker in range(2):

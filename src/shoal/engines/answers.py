@@ -19,6 +19,7 @@ from shoal.types import Rollout
 
 _MOST_ERROR_BYTES = 4096
 MOST_METRICS_BYTES = 16 << 20
+MOST_CONTROL_BYTES = 1 << 30  # slice plans and digests of all workers: some MB for large models
 _JSON_BYTES_PER_TOKEN = 4096  # 94 as vLLM writes it; a token's text may be long
 _JSON_BYTES = 1 << 20
 
@@ -40,6 +41,20 @@ async def read_bounded(response: httpx.Response, most_bytes: int) -> bytes:
     """
     body = bytearray()
     async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) > most_bytes:
+            raise TooLongError(f"more than the {most_bytes} bytes that it may have")
+    return bytes(body)
+
+
+def read_bounded_now(response: httpx.Response, most_bytes: int) -> bytes:
+    """Read the body of a response that is being streamed, without an event loop.
+
+    Raises:
+        TooLongError: It is longer than `most_bytes`.
+    """
+    body = bytearray()
+    for piece in response.iter_bytes():
         body += piece
         if len(body) > most_bytes:
             raise TooLongError(f"more than the {most_bytes} bytes that it may have")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 
 from shoal.engines.answers import (
+    MOST_CONTROL_BYTES,
     MOST_METRICS_BYTES,
     TooLongError,
     most_json_bytes,
     parse_completion,
     parse_json,
     read_bounded,
+    read_bounded_now,
     read_error,
 )
 from shoal.engines.command import SERVED_MODEL_NAME
@@ -179,10 +181,15 @@ class EngineClient:
         # Not kept: vLLM's server drops the connection after an error, and the next call would run into that.
         headers = {"Connection": "close"}
         try:
-            response = self._sync.post(path, json=body, headers=headers, timeout=timeout)
+            with self._sync.stream("POST", path, json=body, headers=headers, timeout=timeout) as response:
+                content = read_bounded_now(response, MOST_CONTROL_BYTES)
         except httpx.HTTPError as error:
             raise self._failure(path, error, timeout_s) from error
-        return self._checked(path, response)
+        except TooLongError as error:
+            raise self._too_long(path, error) from error
+        if response.status_code != httpx.codes.OK:
+            raise self._refusal(path, response.status_code, content[:500].decode(errors="replace"))
+        return parse_json(self._name, path, content)
 
     def is_healthy(self) -> bool:
         """Whether the server answers `/health` with 200."""
@@ -212,9 +219,13 @@ class EngineClient:
         except httpx.HTTPError as error:
             raise self._failure("/metrics", error, timeout_s) from error
         values = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(_RUNNING_METRIC + "{")]
-        if not values:
-            raise EngineRequestError(f"{self._name} has no {_RUNNING_METRIC} among its metrics{self._see_log()}")
-        return round(sum(map(float, values)))
+        try:
+            return round(sum(map(float, values))) if values else self._no_running()
+        except (ValueError, OverflowError):
+            return self._no_running()
+
+    def _no_running(self) -> NoReturn:
+        raise EngineRequestError(f"{self._name} has no {_RUNNING_METRIC} among its metrics{self._see_log()}")
 
     def for_next_life(self, url: str, log_path: Path | None) -> EngineClient:
         """Return a client of the process that takes this one's place, which knows nothing yet of weights."""
@@ -252,11 +263,7 @@ class EngineClient:
         except httpx.HTTPError as error:
             raise self._failure(path, error, timeout_s) from error
         except TooLongError as error:
-            raise EngineFaultError(f"{self._name} answered {path} with {error}{self._see_log()}") from error
-
-    def _checked(self, path: str, response: httpx.Response) -> Any:
-        self._check_status(path, response)
-        return parse_json(self._name, path, response.content)
+            raise self._too_long(path, error) from error
 
     def _check_status(self, path: str, response: httpx.Response) -> None:
         if response.status_code != httpx.codes.OK:
@@ -266,6 +273,9 @@ class EngineClient:
         # What is wrong with the request (4xx) is wrong everywhere; what is too much here may not be so elsewhere.
         kind = EngineRequestError if 400 <= status < 500 and status not in _OVERLOADED else EngineFaultError
         return kind(f"{self._name} answered {path} with status {status}: {said[:500]}{self._see_log()}")
+
+    def _too_long(self, path: str, error: TooLongError) -> EngineFaultError:
+        return EngineFaultError(f"{self._name} answered {path} with {error}{self._see_log()}")
 
     def _failure(self, path: str, error: httpx.HTTPError, timeout_s: float | None = None) -> EngineFaultError:
         what = f"did not answer {path}"

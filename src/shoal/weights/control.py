@@ -71,7 +71,11 @@ class EngineControl:
             WeightSyncError: See `call`.
         """
         answer = self._post(_RECEIVE_PATH, {"pauses": pauses, "kwargs": arguments}, patience_s)
-        return self._values(answer, "shoal_receive"), float(answer["pause_s"])
+        values = self._values(answer, "shoal_receive")
+        try:
+            return values, float(answer["pause_s"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightSyncError(f"{self.client.name} does not say how long pausing took: {error!r}") from error
 
     def resume(self) -> None:
         """Let the engine go on.
@@ -93,14 +97,19 @@ class EngineControl:
             self._threads.submit(attempt)
 
     def _values(self, answer: Any, method: str) -> list[Any]:
-        failed = [
-            f"{self.client.name} worker {worker} failed at {method}: {result['error']}"
-            for worker, result in enumerate(answer["results"])
-            if "error" in result
-        ]
+        try:
+            results = list(answer["results"])
+            failed = [
+                f"{self.client.name} worker {worker} failed at {method}: {result['error']}"
+                for worker, result in enumerate(results)
+                if "error" in result
+            ]
+            values = [] if failed else [result["value"] for result in results]
+        except (KeyError, TypeError) as error:
+            raise WeightSyncError(f"{self.client.name} answered {method} with something else: {error!r}") from error
         if failed:
             raise WeightSyncError("; ".join(failed))
-        return [result["value"] for result in answer["results"]]
+        return values
 
     def _post(self, path: str, body: dict[str, Any] | None = None, patience_s: float | None = None) -> Any:
         try:
