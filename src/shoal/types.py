@@ -55,7 +55,7 @@ class SamplingSettings:
     Attributes:
         temperature: Softmax temperature; 0 is greedy.
         max_tokens: Most tokens of a completion.
-        stop_token_ids: Tokens that end a completion (they stay part of it). Empty: it ends at `max_tokens` only.
+        stop_token_ids: Tokens that end a completion (they stay part of it).
     """
 
     temperature: float
