@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from shoal.bench import step, step_shoal
 from shoal.bench.children import StageError
 from shoal.bench.launch import run_to_end, with_ranks
 from shoal.bench.shapes import SHAPES
@@ -70,8 +71,46 @@ def test_every_completion_is_written_to_its_length_whatever_would_end_it(tmp_pat
 
     trainer._judge.compare = compare
     trainer.train()
-    assert seen == [CPU.lengths(step) for step in range(3)]
+    assert seen == [CPU.lengths(index) for index in range(3)]
     assert trainer.times.tokens == [sum(lengths) for lengths in seen]
+
+
+def test_shoals_process_writes_down_every_step_and_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(CPU, tmp_path / "model")
+    monkeypatch.setattr(step_shoal, "FixedWorkTrainer", _ReferenceFixedWork)
+    monkeypatch.setattr("sys.argv", ["step_shoal", str(tmp_path / "answer.json"), str(tmp_path), CPU.to_json()])
+    step_shoal.main()
+    found = measured_from(CPU, json.loads((tmp_path / "answer.json").read_text()), device_peak_bytes=0)
+    assert list(found.tokens) == [sum(CPU.lengths(index)) for index in (1, 2)]
+    assert len(found.samples) == CPU.steps and found.peak_bytes > 1 << 20
+    assert set(found.phases) == {"generate", "train", "publish"}
+    for index, seconds in enumerate(found.samples):
+        phases = sum(samples[index] for samples in found.phase_samples.values())
+        assert 0.5 * seconds < phases <= seconds
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_both_trainers_are_run_stored_and_compared_or_missed_with_the_reason(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stand_in(module: str, words: list[str], num_ranks: int) -> list[str]:
+        seconds = 2.0 if module.endswith("shoal") else 5.0
+        answer = {"step_s": [9.0] + [seconds] * 2, "phases": {"train": [1.0] * 3}, "tokens": [40] * 3, "peak_bytes": 1,
+                  "notes": []}  # fmt: skip
+        write = f"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text({json.dumps(answer)!r})"
+        return [sys.executable, "-c", "raise SystemExit('it broke')" if fails else write, *words]
+
+    monkeypatch.setattr(step, "with_ranks", stand_in)
+    monkeypatch.setattr(step, "why_not_trl", lambda settings: None)
+    output = tmp_path / "out" / "step.json"
+    assert step.run_step_bench(CPU, (), output=output, skip_trl=False, timeout_s=60) is not fails
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == json.loads(output.read_text())
+    if fails:
+        assert "it broke" in last["reasons"]["shoal"] and "it broke" in last["reasons"]["trl"]
+    else:
+        assert (last["step_s"], last["trl_step_s"], last["ratio_to_trl"]) == (2.0, 5.0, 2.5)
+        assert last["tokens_per_s"] == 20.0
 
 
 def test_medians_leave_the_warm_up_out_and_the_ratio_is_trl_over_shoal() -> None:

@@ -469,3 +469,21 @@ def test_an_abort_that_nobody_asked_for_is_refused_as_ever(server: Server) -> No
 
     asynchronously(client, run)
     assert [path for path, _, _ in server.asked] == ["/v1/completions"]
+
+
+@pytest.mark.parametrize(("stops", "ignored"), [((), True), ((2,), False)])
+def test_a_completion_that_no_token_ends_is_not_ended_by_the_tokenizers_either(
+    server: Server, stops: tuple[int, ...], ignored: bool
+) -> None:
+    server.say(GOOD)
+    client = client_of(server.url)
+    request = replace(REQUEST, sampling=replace(REQUEST.sampling, stop_token_ids=stops))
+
+    async def run() -> None:
+        await client.generate(request)
+        await client.aclose()
+
+    asyncio.run(run())
+    client.close()
+    ((_, _, body),) = server.asked
+    assert body["ignore_eos"] is ignored

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,16 @@ def test_groups_come_back_in_the_order_of_their_prompts_whatever_finishes_first(
     groups = asyncio.run(collector([engine], noting).collect(group_request(6, 3)))
     assert finished == [5, 4, 3, 2, 1, 0]  # the control: they did finish in another order
     assert [group.prompt.row for group in groups] == [0, 1, 2, 3, 4, 5]
+
+
+def test_samples_may_each_have_their_own_length() -> None:
+    engine = FakeEngine("e")
+    request = replace(group_request(2, 3), max_tokens=lambda prompt, sample: 10 * prompt.row + sample + 1)
+    asyncio.run(collector([engine]).collect(request))
+    asked = {request.seed: request.sampling for request in engine.requests}
+    assert asked == {
+        seed_of(p, k): replace(SAMPLING, max_tokens=10 * p.row + k + 1) for p in prompts(2) for k in range(3)
+    }
 
 
 def test_a_group_holds_its_own_samples_with_their_own_seeds_and_texts() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shoal import GRPOTrainer
 from shoal.cli.main import main
 from shoal.errors import ConfigError, DatasetError
 from shoal.testing import tiny_model, tiny_tokenizer
+from shoal.testing.trainer import ReferenceTrainer
+from shoal.trainer import run_parts
 from shoal.trainer.run_file import DatasetSpec, RewardSpec, parse_run, read_run_file
 from shoal.trainer.run_parts import load_reward, load_split, make_peft_config
 
@@ -125,6 +129,53 @@ def test_the_example_is_fine_and_a_slip_in_it_is_one_line(example: Path, capsys:
     assert main(["train", str(example)]) == 2
     said = capsys.readouterr().err
     assert "'num_generation' is not a setting" in said and said.count("\n") == 1
+
+
+def test_a_run_trains_and_leaves_its_model(
+    example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_parts, "GRPOTrainer", ReferenceTrainer)
+    text = (
+        example.read_text()
+        .replace("max_steps: 20", "max_steps: 2")
+        .replace("train_batch_size: 64", "train_batch_size: 8")
+    )
+    example.write_text(text + "save_strategy: steps\nsave_steps: 1\nlearning_rate_is: 0\n")
+    assert main(["train", str(example)]) == 2  # the control: a slip at the end of the file
+    example.write_text(text + "save_strategy: steps\nsave_steps: 1\n")
+    assert main(["train", str(example)]) == 0
+    assert "The trained model is in runs/sums/model" in capsys.readouterr().out
+    assert (example.parent / "runs" / "sums" / "model" / "model.safetensors").exists()
+    steps = [json.loads(line)["step"] for line in Path("runs/sums/metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
+    example.write_text(text.replace("max_steps: 2", "max_steps: 3") + "save_strategy: steps\nsave_steps: 1\n")
+    assert main(["train", str(example), "--resume"]) == 0
+    resumed = [json.loads(line)["step"] for line in Path("runs/sums/metrics.jsonl").read_text().splitlines()]
+    assert resumed.count(2) == steps.count(2) and max(resumed) == 3
+
+
+def test_the_example_script_makes_the_same_run(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Made(GRPOTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> None:
+            made.append(self)
+
+        def save_model(self, *args: Any, **kwargs: Any) -> None:
+            assert made
+
+    spec = importlib.util.spec_from_file_location("example_train", ROOT / "examples" / "train.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "GRPOTrainer", Made)
+    monkeypatch.setattr("sys.argv", ["train.py", "model"])
+    script.main()
+    written = read_run_file(example).settings
+    assert {name: getattr(made[0].args, name) for name in written} == {
+        name: [] if name == "report_to" else value for name, value in written.items()
+    } | {"use_cpu": made[0].args.use_cpu}
+    assert list(made[0].train_dataset) == list(load_split(DatasetSpec(path="examples/sums.jsonl")))
 
 
 def test_processes_are_started_by_one_launcher_only(

@@ -118,7 +118,8 @@ class EngineClient:
             "min_p": request.sampling.min_p,
             "max_tokens": request.sampling.max_tokens,
             "stop_token_ids": list(request.sampling.stop_token_ids),
-            "ignore_eos": not request.sampling.stop_token_ids,  # no token ends it: not the tokenizer's either
+            # With no tokens that end a completion, the tokenizer's own does not either.
+            "ignore_eos": not request.sampling.stop_token_ids,
             "logprobs": 0,
             "return_token_ids": True,
             "skip_special_tokens": False,
