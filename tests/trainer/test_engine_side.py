@@ -28,7 +28,7 @@ class Process:
         self.status: int | None = None
         self.num_asked = 0
         self.log_path = "engine.log"
-        self.spec = SimpleNamespace(num_workers=1)
+        self.spec = SimpleNamespace(num_workers=1, sleeps=False)
 
     def exit_status(self) -> int | None:
         return self.status

@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 
-from shoal.errors import WeightSyncError
+from shoal.errors import EngineError, WeightSyncError
 from shoal.observe.ledger import TimeLedger
 from shoal.protocols import Ranks, WeightSource
 from shoal.trainer.progress import log_plans
 from shoal.trainer.rollouts import Rollouts
+from shoal.trainer.shared_devices import SharedDevice
 from shoal.types import PublishReport
 from shoal.weights.publisher import WeightPublisher
 from shoal.wire.agreement import Cargo
@@ -26,6 +27,7 @@ class EngineSide:
         make_sources: Makes this rank's part of what is published; on all ranks, before engines start.
         start: Starts the engines; on rank 0.
         make_publisher: Makes what publishes to them; on all ranks.
+        shared: This rank's device, if engines sleep while the trainer works; on all ranks or on none.
     """
 
     def __init__(
@@ -36,16 +38,37 @@ class EngineSide:
         make_sources: Callable[[], Sources],
         start: Callable[[], Rollouts],
         make_publisher: Callable[[Sources, Rollouts | None], WeightPublisher],
+        shared: SharedDevice | None = None,
     ) -> None:
         self._ranks = ranks
         self._ledger = ledger
         self._make_sources = make_sources
         self._start = start
         self._make_publisher = make_publisher
+        self._shared = shared
         self.rollouts: Rollouts | None = None
         """The running engines; None before they start, and on ranks other than 0."""
         self.publisher: WeightPublisher | None = None
         """What publishes to them; None before they start."""
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether engines sleep while the trainer works; a publish is then left to the next `refresh`."""
+        return self._shared is not None
+
+    def rest(self) -> None:
+        """Let engines that share the trainer's devices sleep until the next publish. A collective.
+
+        Raises:
+            WeightSyncError: No engine is left.
+        """
+        if self._shared is None or self.publisher is None:
+            return
+        with self._ledger.phase("sleep"):
+            report = self.publisher.sleep()
+            if self.rollouts is not None:
+                self.rollouts.asleep(report)
+            self._shared.take()
 
     def refresh(self, version: int, *, always: bool) -> PublishReport | None:
         """Have engines run that hold the weights of `version`; publish them if need be.
@@ -67,6 +90,7 @@ class EngineSide:
             WeightSyncError: No engine is left, or one holds something else than was sent.
             EngineError: An engine did not start, or has ended.
         """
+        self._make_room()
         publisher = self._connected()
         if self.rollouts is not None:
             self.rollouts.publishing(version)
@@ -95,6 +119,22 @@ class EngineSide:
         if self.rollouts is not None:
             self.rollouts.close()
             self.rollouts = None
+
+    def _make_room(self) -> None:
+        """Have no engine start or wake before every rank has given its memory back."""
+        if self._shared is None:
+            return
+        failure: Exception | None = None
+        with self._ledger.phase("make room"):
+            try:
+                self._shared.give()
+            except Exception as error:  # all ranks learn of it before any raises
+                failure = error
+            said = [text for text in self._ranks.gather_json(str(failure or "")) if text]
+        if failure is not None:
+            raise failure
+        if said:
+            raise EngineError(f"another trainer rank could not give its memory back: {said[0]}")
 
     def _connected(self) -> WeightPublisher:
         if self.publisher is None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REFRESH_S = 0.5
-_STATE_WORDS = {State.SUSPECT: "not answering", State.DEAD: "lost"}
+_STATE_WORDS = {State.SUSPECT: "not answering", State.ASLEEP: "asleep", State.DEAD: "lost"}
 
 
 def print_start_progress(stages: Sequence[tuple[str, str]], elapsed_s: float) -> None:

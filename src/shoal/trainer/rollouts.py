@@ -15,6 +15,7 @@ from shoal.rollout.loop_thread import LoopThread
 from shoal.rollout.pool import EngineLoad, EnginePool, PoolSettings
 from shoal.types import PublishReport, ScoredGroup
 from shoal.weights.group import EngineAddress
+from shoal.weights.sleep import SleepReport
 from shoal.wire.transport import Backend
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,12 @@ class Rollouts:
         )
         self._collector = RolloutCollector(self._pool, decode=decode, score=score)
         self.addresses = tuple(
-            EngineAddress(client=engine.client, num_workers=engine.spec.num_workers, backend=backend)
+            EngineAddress(
+                client=engine.client,
+                num_workers=engine.spec.num_workers,
+                backend=backend,
+                sleeps=engine.spec.sleeps,
+            )
             for engine, backend in zip(fleet.engines, settings.backends, strict=True)
         )
         """How weights reach each engine."""
@@ -86,6 +92,17 @@ class Rollouts:
             self._pool.proven(
                 report.version, [engine.name for engine in self.fleet.engines if engine.name not in report.lost]
             )
+
+        self._in_loop(tell)
+
+    def asleep(self, report: SleepReport) -> None:
+        """Note which engines sleep; they hold nothing until the next publish. One that could not is ended."""
+        self.version = None
+
+        def tell() -> None:
+            for name, reason in report.lost.items():
+                self._pool.lost(name, reason)
+            self._pool.asleep(report.asleep)
 
         self._in_loop(tell)
 
