@@ -298,9 +298,9 @@ class PublishReport:
         num_bytes: Sent, over all trainer ranks and engines.
         lost: Engines that failed and have left, and why.
         seconds: Wall time from the call to the last engine's resumption.
-        phases: What they went to, on this rank: `"pause"`, `"wire"` (from the first tensor loaded to the last one in
-            its place, digests included), `"prove"` (fetching and comparing them) and `"resume"`. Ranks other than 0
-            count all the waiting for the engines as `"prove"`.
+        phases: What they went to, on this rank: `"wake"` (of engines that sleep), `"pause"`, `"wire"` (from the first
+            tensor loaded to the last one in its place, digests included), `"prove"` (fetching and comparing them) and
+            `"resume"`. Ranks other than 0 count all the waiting for the engines as `"prove"`.
     """
 
     version: int

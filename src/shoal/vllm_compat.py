@@ -194,6 +194,20 @@ def worker_context(worker: Any) -> AbstractContextManager[Any]:
     return context
 
 
+def drops_asleep(tensor: torch.Tensor) -> bool:
+    """Whether sleep at level 2 drops this tensor's memory: it lies in what vLLM loaded the model into."""
+    if tensor.device.type != "cuda":
+        return False
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    address = tensor.untyped_storage().data_ptr()
+    return any(
+        start <= address < start + data.handle[1]
+        for start, data in CuMemAllocator.get_instance().pointer_to_data.items()
+        if data.tag == "weights"
+    )
+
+
 def layer_parameters(layer: nn.Module) -> dict[str, torch.Tensor]:
     """Return the layer's own parameters by their local names."""
     return {name: value for name, value in layer._parameters.items() if value is not None}

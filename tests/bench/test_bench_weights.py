@@ -40,7 +40,7 @@ def test_it_ends_with_figures_that_are_proven_and_a_control_that_was_caught(tmp_
         assert last[name] > 0, name
     assert last["proof_ms"] is not None
     assert last["wire_ms"] < last["total_ms"]
-    phases = ("pause", "wire", "prove", "resume")
+    phases = ("wake", "pause", "wire", "prove", "resume")
     for index, total in enumerate(last["samples"]["total_ms"]):
         assert sum(last["samples"][f"idle_{phase}_ms"][index] for phase in phases) == pytest.approx(total, rel=0.05)
     assert last["num_running"] >= 4 and len(last["samples"]["total_running_ms"]) == 3

@@ -60,6 +60,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization=1.5"),
     ({"vllm_max_model_length": 512}, "no room for a prompt"),
     ({"vllm_max_restarts": -1}, "vllm_max_restarts=-1"),
+    ({"vllm_extra_args": {"enable-sleep-mode": True}}, "Set vllm_enable_sleep_mode instead"),
+    (
+        {"offload_optimizer_during_rollout": True, "vllm_enable_sleep_mode": False},
+        "vllm_enable_sleep_mode=False keeps them from sleeping",
+    ),
+    ({"offload_optimizer_during_rollout": True, "optim": "paged_adamw_8bit"}, "optim='paged_adamw_8bit'"),
+    ({"offload_optimizer_during_rollout": True, "optim": "adamw_torch_8bit"}, "8-bit states are small"),
+    ({"offload_optimizer_during_rollout": True, "deepspeed": "ds.json"}, "offload_optimizer in DeepSpeed's"),
     ({"vllm_base_port": 80}, "1024 to 65535"),
     ({"vllm_base_port": 65535, "vllm_num_engines": 2}, "65536"),
     ({"vllm_extra_args": {"--tensor-parallel-size": 2}}, "Set vllm_tensor_parallel_size instead"),
@@ -121,7 +129,8 @@ def test_a_single_process_never_spreads_over_the_gpus_of_the_engines(monkeypatch
 
 def test_an_engine_takes_most_of_its_own_gpu_and_less_of_a_shared_one() -> None:
     assert config().engine_memory_utilization(colocated=False) == 0.9
-    assert config().engine_memory_utilization(colocated=True) == 0.3
+    assert config().engine_memory_utilization(colocated=True) == 0.6
+    assert config(vllm_enable_sleep_mode=False).engine_memory_utilization(colocated=True) == 0.3
     assert config(vllm_gpu_memory_utilization=0.5).engine_memory_utilization(colocated=True) == 0.5
 
 

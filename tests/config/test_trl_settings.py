@@ -21,6 +21,7 @@ OTHER_DEFAULTS = {
     "use_vllm": None,  # TRL's False means "generate with transformers", which Shoal cannot.
     "vllm_mode": None,  # The devices say it: `vllm_devices`.
     "vllm_gpu_memory_utilization": None,  # Depends on whether a trainer shares the GPU.
+    "vllm_enable_sleep_mode": None,  # The same: an engine that shares its GPU sleeps.
 }
 
 

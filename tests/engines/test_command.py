@@ -119,6 +119,12 @@ def test_a_cpu_engine_takes_no_share_of_a_gpu_and_a_gpu_engine_does() -> None:
     assert "--enforce-eager" not in flags(GPU_SPEC)
 
 
+def test_only_an_engine_that_is_to_sleep_is_told_that_it_may() -> None:
+    assert flags(replace(GPU_SPEC, sleeps=True))["--enable-sleep-mode"] is None
+    assert "--enable-sleep-mode" not in flags(GPU_SPEC)
+    assert "--enable-sleep-mode" not in flags(SPEC)
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (4, 2)])
 def test_several_workers_are_processes_of_this_host(tp: int, pp: int) -> None:
     spec = replace(SPEC, tensor_parallel_size=tp, pipeline_parallel_size=pp)

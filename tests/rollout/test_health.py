@@ -10,21 +10,23 @@ from hypothesis import strategies as st
 
 from shoal.rollout.health import Event, Health, State, after
 
-STARTING, STALE, READY, PAUSED, SUSPECT, DEAD = (Health(state) for state in State)
+STARTING, STALE, READY, PAUSED, SUSPECT, ASLEEP, DEAD = (Health(state) for state in State)
 SERVES = Health(State.READY, is_current=True)
 DOUBTED = Health(State.SUSPECT, is_current=True)
 
-# For each event: what becomes of an engine that is starting, stale, ready, paused, suspect (current or not), dead.
-BEFORE = (STARTING, STALE, SERVES, PAUSED, DOUBTED, SUSPECT, DEAD)
+# For each event: what becomes of an engine that is starting, stale, ready, paused, suspect (current or not), asleep,
+# dead.
+BEFORE = (STARTING, STALE, SERVES, PAUSED, DOUBTED, SUSPECT, ASLEEP, DEAD)
 TABLE = {
-    Event.STARTED: (STALE, STALE, SERVES, PAUSED, DOUBTED, SUSPECT, DEAD),
-    Event.PROVEN: (STARTING, SERVES, SERVES, SERVES, SERVES, SERVES, DEAD),
-    Event.OUTDATED: (STARTING, STALE, STALE, STALE, SUSPECT, SUSPECT, DEAD),
-    Event.PAUSED: (STARTING, STALE, PAUSED, PAUSED, SUSPECT, SUSPECT, DEAD),
-    Event.FAILED: (STARTING, SUSPECT, DOUBTED, SUSPECT, DOUBTED, SUSPECT, DEAD),
-    Event.ANSWERED: (STARTING, STALE, SERVES, PAUSED, SERVES, STALE, DEAD),
-    Event.DIED: (DEAD, DEAD, DEAD, DEAD, DEAD, DEAD, DEAD),
-    Event.RESTARTED: (STARTING, STALE, SERVES, PAUSED, DOUBTED, SUSPECT, STARTING),
+    Event.STARTED: (STALE, STALE, SERVES, PAUSED, DOUBTED, SUSPECT, ASLEEP, DEAD),
+    Event.PROVEN: (SERVES, SERVES, SERVES, SERVES, SERVES, SERVES, SERVES, DEAD),
+    Event.OUTDATED: (STARTING, STALE, STALE, STALE, SUSPECT, SUSPECT, ASLEEP, DEAD),
+    Event.PAUSED: (STARTING, STALE, PAUSED, PAUSED, SUSPECT, SUSPECT, ASLEEP, DEAD),
+    Event.SLEPT: (STARTING, ASLEEP, ASLEEP, ASLEEP, ASLEEP, ASLEEP, ASLEEP, DEAD),
+    Event.FAILED: (STARTING, SUSPECT, DOUBTED, SUSPECT, DOUBTED, SUSPECT, SUSPECT, DEAD),
+    Event.ANSWERED: (STARTING, STALE, SERVES, PAUSED, SERVES, STALE, ASLEEP, DEAD),
+    Event.DIED: (DEAD, DEAD, DEAD, DEAD, DEAD, DEAD, DEAD, DEAD),
+    Event.RESTARTED: (STARTING, STALE, SERVES, PAUSED, DOUBTED, SUSPECT, ASLEEP, STARTING),
 }
 
 
@@ -57,7 +59,7 @@ def test_an_engine_is_ready_only_if_a_proof_came_after_all_that_makes_one_void(e
     health = STALE
     for event in events:
         health = after(health, event)
-    voids = [i for i, event in enumerate(events) if event in (Event.OUTDATED, Event.PAUSED, Event.DIED)]
+    voids = [i for i, event in enumerate(events) if event in (Event.OUTDATED, Event.PAUSED, Event.SLEPT, Event.DIED)]
     since = events[voids[-1] + 1 :] if voids else events
     if health.state is State.READY:
         assert Event.PROVEN in since

@@ -14,6 +14,7 @@ from torch import nn
 
 from shoal.errors import WeightSyncError
 from shoal.testing.loopback import LoopbackEngine, LoopbackWorker
+from shoal.testing.sleeping import HeldWeights, SleepingEngine
 from shoal.weights.control import EngineControl
 from shoal.weights.line import AbandonableCall, EngineLine
 from shoal.wire.agreement import done_key, gave_up_key
@@ -146,3 +147,37 @@ def test_an_abandoned_call_is_left_behind_and_a_failed_one_raises_its_own_error(
     with pytest.raises(KeyError, match="own"):
         AbandonableCall(fail).result(5, "a train")
     assert AbandonableCall(lambda: 41 + 1).result(5, "an answer") == 42
+
+
+def test_an_engine_that_sleeps_takes_its_memory_back_in_two_parts_and_others_are_only_resumed(
+    threads: ThreadPoolExecutor,
+) -> None:
+    engine = SleepingEngine("engine-0", [HeldWeights(())])
+    other = EngineControl(engine, threads, 5)
+    other.wake_weights()
+    other.resume()
+    assert engine.called == ["/resume"]
+    control = EngineControl(engine, threads, 5, sleeps=True)
+    control.sleep(2)
+    assert engine.asleep == {"weights", "kv_cache"}
+    control.wake_weights()
+    assert engine.asleep == {"kv_cache"} and engine.is_paused
+    control.resume()
+    assert engine.asleep == set() and not engine.is_paused
+    control.wake_weights()  # awake already
+    control.resume()
+    wake = ["/wake_up?tags=weights", "/wake_up?tags=kv_cache", "/resume"]
+    assert engine.called[1:] == ["/sleep?level=2", *wake, *wake]
+    assert engine.asleep == set() and not engine.is_paused
+    engine.stop()
+
+
+def test_what_failed_in_a_sleep_is_named(threads: ThreadPoolExecutor) -> None:
+    engine = SleepingEngine("engine-0", [HeldWeights(())])
+    control = EngineControl(engine, threads, 0.2, sleeps=True)
+    engine.fails_at |= {"/sleep?level=1", "/wake_up?tags=kv_cache"}
+    with pytest.raises(WeightSyncError, match=r"putting to sleep engine-0 failed at /sleep\?level=1: .*told to fail"):
+        control.sleep(1)
+    with pytest.raises(WeightSyncError, match=r"/wake_up\?tags=kv_cache: .*told to fail.*offload_optimizer_during"):
+        control.resume()
+    engine.stop()

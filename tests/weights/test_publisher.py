@@ -251,7 +251,7 @@ def test_every_worker_holds_what_the_trainer_has_after_each_publish(
         assert site.holds(version, 0) and site.holds(version, 1)
         assert (report.version, report.num_workers, report.num_digests, report.lost) == (version, 3, 12, {})
         assert [engine.weight_version for engine in site.engines] == [version] * 2
-        assert set(report.phases) == {"pause", "wire", "prove", "resume"}
+        assert set(report.phases) == {"wake", "pause", "wire", "prove", "resume"}
         assert 0.5 * report.seconds < sum(report.phases.values()) <= report.seconds
     # float32 but for `norm`, which every worker has whole in bfloat16; nothing of what nobody wants.
     assert report.num_bytes == 2 * 4 * (48 + 48 + 48) + 3 * 2 * 6

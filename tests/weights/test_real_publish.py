@@ -63,11 +63,11 @@ class Running:
         return tuple(engine.client for engine in self.fleet.engines)
 
 
-def publisher_to(fleet: Fleet, model: Any, **settings: Any) -> WeightPublisher:
+def publisher_to(fleet: Fleet, model: Any, *, sleeps: bool = False, **settings: Any) -> WeightPublisher:
     publisher = WeightPublisher(
         {"model": make_source(model)},
         [
-            EngineAddress(client=engine.client, num_workers=engine.spec.num_workers, backend="gloo")
+            EngineAddress(client=engine.client, num_workers=engine.spec.num_workers, backend="gloo", sleeps=sleeps)
             for engine in fleet.engines
         ],
         ranks=Exchange(rank=0, world_size=1, device=torch.device("cpu")),
@@ -255,6 +255,28 @@ def test_a_lora_model_is_published_merged_over_a_new_line_to_the_same_engines(
     publisher.publish(30)
     for answers in ask(running.clients, GREEDY):
         assert texts_of(answers) == wanted
+    publisher.close()
+
+
+def test_engines_hold_requests_while_they_sleep_and_write_rightly_after_the_publish_that_wakes_them(
+    running: Running,
+) -> None:
+    """On CPUs vLLM gives no memory back. What holds requests and lets them go on is its scheduler, as on GPUs."""
+    publisher = publisher_to(running.fleet, running.model, sleeps=True)
+    publisher.publish(35)
+    for version in (36, 37):
+        assert publisher.sleep().asleep == ("engine-0", "engine-1", "engine-2")
+        for client in running.clients:
+            assert client._sync.get("/is_sleeping").json() == {"is_sleeping": True}
+            prompt = {"model": "policy", "prompt": [5], "max_tokens": 1}
+            with pytest.raises(EngineRequestError, match="within 2 s"):
+                client.post("/v1/completions", prompt, 2.0)
+        randomise(running.model, seed=version, scale=0.05)
+        assert publisher.publish(version).num_workers == 4
+        wanted = greedy_texts(running.model, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
+        for client, answers in zip(running.clients, ask(running.clients, GREEDY), strict=True):
+            assert texts_of(answers) == wanted, client.name
+            assert client._sync.get("/is_sleeping").json() == {"is_sleeping": False}
     publisher.close()
 
 

@@ -19,6 +19,7 @@ from shoal.config.trl_only import TrlOnlyFields
 
 _DEDICATED_MEMORY = 0.9
 _SHARED_MEMORY = 0.3  # TRL's default for an engine beside a trainer.
+_SHARED_MEMORY_IF_ASLEEP = 0.6
 
 
 @dataclass
@@ -117,7 +118,13 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     vllm_pipeline_parallel_size: int = setting(1, "Stages that the layers of an engine are split into.")
     vllm_num_engines: int | None = setting(None, "Engines to start. Unset: as many as fit; on CPUs, up to two.")
     vllm_gpu_memory_utilization: float | None = setting(
-        None, "Share of a GPU's memory an engine takes. Unset: 0.9; beside a trainer, 0.3."
+        None, "Share of a GPU's memory an engine takes. Unset: 0.9; beside a trainer 0.6 if it sleeps, or else 0.3."
+    )
+    vllm_enable_sleep_mode: bool | None = setting(
+        None, "Engines on trainers' GPUs give their memory back while the trainer works. Unset: yes, where there are."
+    )
+    offload_optimizer_during_rollout: bool = setting(
+        False, "Move the optimizer's states to host memory while engines that sleep are awake."
     )
     vllm_max_model_length: int | None = setting(None, "Context of the engines, in tokens. Unset: the model's own.")
     vllm_model_impl: str = setting("vllm", "Model code that engines use: vllm or transformers.")
@@ -130,7 +137,9 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
         120.0, "Seconds an engine with work may write nothing, or not answer, before others get its work."
     )
     vllm_max_restarts: int = setting(
-        3, "Attempts in a row to restart an engine that died or stalled before the run goes on without it; 0 for none."
+        3,
+        "Attempts in a row to restart an engine that died or stalled before the run goes on without it; 0 for none. "
+        "Engines that sleep while the trainer works are not restarted.",
     )
     weight_sync_timeout_s: float = setting(120.0, "Seconds an engine may take for any step of a publish of weights.")
     vllm_lora_sync: str = setting(
@@ -183,12 +192,21 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     def engine_memory_utilization(self, *, colocated: bool) -> float:
         """Return the share of a GPU's memory that an engine takes.
 
+        An engine that never sleeps must fit beside everything that training takes, activations too: 0.3, as in TRL. One
+        that sleeps meets only what the trainer keeps meanwhile: its weights and optimizer states (12 bytes a parameter
+        for AdamW on float32 weights, 4 with `offload_optimizer_during_rollout`, and 4 more for DDP's buckets), since
+        gradients are freed and the cache of the allocator is given back. 0.6 leaves the trainer 0.4, less the two
+        processes' CUDA contexts (about 2 GB): 30 GB of 80, which is AdamW on 2.5 billion parameters, or on 7 billion
+        with the states offloaded. vLLM refuses to start where its share is not free, and says so.
+
         Args:
             colocated: Whether a trainer process uses the GPU too.
         """
         if self.vllm_gpu_memory_utilization is not None:
             return self.vllm_gpu_memory_utilization
-        return _SHARED_MEMORY if colocated else _DEDICATED_MEMORY
+        if not colocated:
+            return _DEDICATED_MEMORY
+        return _SHARED_MEMORY if self.vllm_enable_sleep_mode is False else _SHARED_MEMORY_IF_ASLEEP
 
 
 def _trains_on_cpu(config: GRPOConfig) -> bool:

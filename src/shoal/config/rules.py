@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -69,6 +70,7 @@ _SERVE_FLAGS: dict[str, str | None] = {
     "data_parallel_size": None,
     "dp": None,
     "dtype": "vllm_dtype",
+    "enable_sleep_mode": "vllm_enable_sleep_mode",
     "gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "host": None,
     "logprobs_mode": None,
@@ -86,6 +88,10 @@ _SERVE_FLAGS: dict[str, str | None] = {
     "trust_remote_code": "trust_remote_code",
     "weight_transfer_config": None,
 }
+
+
+# Those whose states are plain tensors; the others have quantised, paged or hidden ones.
+_MOVABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 
 
 def numbers_are_not_text(config: GRPOConfig) -> None:
@@ -279,6 +285,30 @@ def engine_settings_fit(config: GRPOConfig) -> None:
         )
 
 
+def offloading_has_a_purpose(config: GRPOConfig) -> None:
+    """Refuse to offload optimizer states that cannot be moved, or where nothing uses the memory meanwhile."""
+    if not config.offload_optimizer_during_rollout:
+        return
+    if config.vllm_enable_sleep_mode is False:
+        raise ConfigError(
+            "offload_optimizer_during_rollout=True frees memory for engines that take it when they wake, but "
+            "vllm_enable_sleep_mode=False keeps them from sleeping. Remove one of the two."
+        )
+    if config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        raise ConfigError(
+            "offload_optimizer_during_rollout=True cannot move the states of DeepSpeed's optimizer, which it keeps in "
+            "partitions of its own. Remove it; to keep them in host memory, set offload_optimizer in DeepSpeed's "
+            "zero_optimization."
+        )
+    name = str(getattr(config.optim, "value", config.optim))
+    if name not in _MOVABLE_OPTIMIZERS:
+        raise ConfigError(
+            f"offload_optimizer_during_rollout=True cannot move the states of optim={name!r}, which are not plain "
+            "tensors. Use one of torch's own, such as adamw_torch_fused, or remove the setting: 8-bit states are small "
+            "and paged ones leave the GPU by themselves when memory runs short."
+        )
+
+
 def ports_exist(config: GRPOConfig) -> None:
     """Refuse ports that a user cannot listen on."""
     first = config.vllm_base_port
@@ -335,6 +365,7 @@ RULES: tuple[Callable[[GRPOConfig], None], ...] = (
     weights_are_numbers,
     workers_can_be_counted,
     engine_settings_fit,
+    offloading_has_a_purpose,
     ports_exist,
     extra_args_are_free,
     printing_is_on,

@@ -47,7 +47,6 @@ class TrlOnlyFields:
     use_transformers_continuous_batching: bool = setting(False, _NO_TRANSFORMERS)
     transformers_continuous_batching_config: dict[str, Any] | str | None = setting(None, _NO_TRANSFORMERS)
     use_transformers_paged: bool = setting(False, _NO_TRANSFORMERS)
-    vllm_enable_sleep_mode: bool = setting(False, "Engines do not sleep yet.")
     vllm_structured_outputs_regex: str | None = setting(None, _ONE_DISTRIBUTION)
     vllm_server_base_url: str | None = setting(None, _OWN_SERVERS)
     vllm_server_host: str = setting("0.0.0.0", _OWN_SERVERS)

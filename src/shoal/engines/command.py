@@ -44,6 +44,7 @@ class EngineSpec:
         lora_adapter: Folder with an adapter of the trainer's shape whose scaling is 1. The engine then serves this
             adapter, and after the first publish the trainer sends it alone. None for a whole model.
         max_lora_rank: The adapter's largest rank.
+        sleeps: Whether it can give its devices' memory back for a while (GPU engines only).
     """
 
     name: str
@@ -61,6 +62,7 @@ class EngineSpec:
     extra_arguments: Mapping[str, object]
     lora_adapter: Path | None = None
     max_lora_rank: int = 16
+    sleeps: bool = False
 
     @property
     def request_model(self) -> str:
@@ -110,6 +112,7 @@ def serve_command(spec: EngineSpec) -> list[str]:
         options["max-model-len"] = spec.max_model_len
     if spec.cuda_devices:
         options["gpu-memory-utilization"] = spec.gpu_memory_utilization
+        options["enable-sleep-mode"] = spec.sleeps
     else:
         options["enforce-eager"] = True
         # vLLM's CPU workers die when a step takes a part of the prompt of a request with a seed (0.32: "CPU Generator

@@ -23,6 +23,8 @@ class State(Enum):
     """It was ready, and new weights are on their way to it; what it was writing is kept."""
     SUSPECT = auto()
     """It failed a request or does not answer; it is given nothing until it does."""
+    ASLEEP = auto()
+    """It has given its memory back and holds nothing; it is given nothing, and not asked how it is."""
     DEAD = auto()
     """It has ended or was given up. What it was writing is written by others."""
 
@@ -38,6 +40,8 @@ class Event(Enum):
     """What it holds is not the current weights, or not any more."""
     PAUSED = auto()
     """New weights are about to be sent to it."""
+    SLEPT = auto()
+    """It has given its memory back until it is sent weights again."""
     FAILED = auto()
     """It failed a request, or did not answer in time."""
     ANSWERED = auto()
@@ -73,6 +77,8 @@ def after(health: Health, event: Event) -> Health:
         return health if state is State.STARTING else Health(State.READY, is_current=True)
     if event is Event.OUTDATED:
         return Health(State.STALE if state in (State.READY, State.PAUSED) else state)
+    if event is Event.SLEPT:
+        return health if state is State.STARTING else Health(State.ASLEEP)
     if event is Event.PAUSED:
         return Health(State.PAUSED if state is State.READY else state)
     if event is Event.STARTED:

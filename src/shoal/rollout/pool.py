@@ -285,6 +285,13 @@ class EnginePool:
             self._happens(self._index[name], event)
         self._place()
 
+    def asleep(self, names: Iterable[str]) -> None:
+        """Engines have given their memory back: they are given nothing until they are proven again."""
+        for name in names:
+            index = self._index[name]
+            assert self._dispatcher.in_flight(index) == 0, "an engine sleeps between steps, when nothing is written"
+            self._happens(index, Event.SLEPT)
+
     def lost(self, name: str, reason: str) -> None:
         """An engine is not to be used any more: what it was writing is written by others."""
         self._lose(self._index[name], reason)
@@ -362,7 +369,9 @@ class EnginePool:
         seat.watch = EngineWatch(self._settings.stall_s)
         while True:
             if not seat.is_gone:
-                reason = self._why_ended(seat.engine.name) or await self._ask(index)
+                reason = self._why_ended(seat.engine.name)
+                if reason is None and seat.health.state is not State.ASLEEP:
+                    reason = await self._ask(index)
                 if reason is not None:
                     self._lose(index, reason)
                 self._place()

@@ -16,6 +16,7 @@ from shoal.trainer.grpo_trainer import GRPOTrainer
 from shoal.trainer.rollouts import RollCall, Rollouts
 from shoal.types import PublishReport, ScoredGroup
 from shoal.weights.publisher import WeightPublisher
+from shoal.weights.sleep import SleepReport
 
 POOL_SETTINGS = PoolSettings(dispatch=DispatchSettings(max_in_flight=1, affinity_margin=0), stall_s=60.0)
 
@@ -62,6 +63,10 @@ class _ReferenceRollouts:
         self._pool.proven(report.version, [self._engine.name])
         self.version = self._engine.weight_version = report.version
         self.published.append(report.version)
+
+    def asleep(self, report: SleepReport) -> None:
+        """The engine has no memory of its own to give back."""
+        self.version = None
 
     def check_alive(self) -> None:
         """It lives as long as this process."""
@@ -115,6 +120,10 @@ class _NoPublisher:
     def publish(self, version: int) -> PublishReport:
         """Say that it is done."""
         return PublishReport(version=version, num_workers=1, num_digests=0, num_bytes=0, lost={}, seconds=0.0)
+
+    def sleep(self) -> SleepReport:
+        """Say that it is done."""
+        return SleepReport(asleep=(), lost={})
 
     def close(self) -> None:
         """There is nothing to leave."""

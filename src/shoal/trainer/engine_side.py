@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from shoal.errors import EnginesLostError, WeightSyncError
+from shoal.errors import EngineError, EnginesLostError, WeightSyncError
 from shoal.observe.ledger import TimeLedger
 from shoal.protocols import Ranks, WeightSource
 from shoal.rollout.collector import GroupRequest
 from shoal.trainer.comebacks import Comebacks
 from shoal.trainer.progress import log_plans
 from shoal.trainer.rollouts import Rollouts
+from shoal.trainer.shared_devices import SharedDevice
 from shoal.types import PublishReport, ScoredGroup
 from shoal.weights.publisher import WeightPublisher
 from shoal.wire.agreement import Cargo
@@ -31,6 +32,7 @@ class EngineSide:
         make_sources: Makes this rank's part of what is published; on all ranks, before engines start.
         start: Starts the engines; on rank 0.
         make_publisher: Makes what publishes to them; on all ranks.
+        shared: This rank's device, if engines sleep while the trainer works; on all ranks or on none.
     """
 
     def __init__(
@@ -41,17 +43,38 @@ class EngineSide:
         make_sources: Callable[[], Sources],
         start: Callable[[], Rollouts],
         make_publisher: Callable[[Sources, Rollouts | None], WeightPublisher],
+        shared: SharedDevice | None = None,
     ) -> None:
         self._ranks = ranks
         self._ledger = ledger
         self._make_sources = make_sources
         self._start = start
         self._make_publisher = make_publisher
+        self._shared = shared
         self.rollouts: Rollouts | None = None
         """The running engines; None before they start, and on ranks other than 0."""
         self.publisher: WeightPublisher | None = None
         """What publishes to them; None before they start."""
         self._comebacks: Comebacks | None = None
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether engines sleep while the trainer works; a publish is then left to the next `refresh`."""
+        return self._shared is not None
+
+    def rest(self) -> None:
+        """Let engines that share the trainer's devices sleep until the next publish. A collective.
+
+        Raises:
+            WeightSyncError: No engine is left.
+        """
+        if self._shared is None or self.publisher is None:
+            return
+        with self._ledger.phase("sleep"):
+            report = self.publisher.sleep()
+            if self.rollouts is not None:
+                self.rollouts.asleep(report)
+            self._shared.take()
 
     def refresh(self, version: int, *, always: bool) -> PublishReport | None:
         """Have engines run that hold the weights of `version`; publish them if need be.
@@ -76,6 +99,7 @@ class EngineSide:
             NoEngineError: No engine is left, and none can be restarted.
             EngineStartError: An engine did not start.
         """
+        self._make_room()
         while True:
             publisher = self._connected()
             assert self._comebacks is not None
@@ -140,6 +164,22 @@ class EngineSide:
         if self.rollouts is not None:
             self.rollouts.take(report)
         return report
+
+    def _make_room(self) -> None:
+        """Have no engine start or wake before every rank has given its memory back."""
+        if self._shared is None:
+            return
+        failure: Exception | None = None
+        with self._ledger.phase("make room"):
+            try:
+                self._shared.give()
+            except Exception as error:  # all ranks learn of it before any raises
+                failure = error
+            said = [text for text in self._ranks.gather_json(str(failure or "")) if text]
+        if failure is not None:
+            raise failure
+        if said:
+            raise EngineError(f"another trainer rank could not give its memory back: {said[0]}")
 
     def _connected(self) -> WeightPublisher:
         if self.publisher is None:

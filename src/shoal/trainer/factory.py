@@ -30,6 +30,7 @@ from shoal.rollout.dispatch import DispatchSettings
 from shoal.rollout.pool import PoolSettings
 from shoal.trainer.model import compute_dtype
 from shoal.trainer.rollouts import Rollouts, RolloutSettings
+from shoal.trainer.shared_devices import check_sharing, sleeps
 from shoal.types import CompletionLike, Prompt, Rollout
 from shoal.weights.group import PublishSettings
 from shoal.weights.publisher import WeightPublisher
@@ -65,10 +66,11 @@ def plan_placement(model_config: Any, args: GRPOConfig) -> PlacementPlan:
 
     Raises:
         PlacementError: It cannot be done; the message says what would fit.
+        ConfigError: A setting for shared GPUs would be ignored.
     """
     shape = shape_from_config(model_config.to_dict())
     uses_gpus = torch.device(args.device).type == "cuda"
-    return place(
+    plan = place(
         discover_devices() if uses_gpus and not vllm_compat.is_cpu_build() else (),
         PlacementRequest(
             num_trainer_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -82,6 +84,8 @@ def plan_placement(model_config: Any, args: GRPOConfig) -> PlacementPlan:
             cpu_cores=usable_cpu_cores(),
         ),
     )
+    check_sharing(plan.engines, args)
+    return plan
 
 
 def draw_blueprint(plan: PlacementPlan, *, model: nn.Module, args: GRPOConfig, max_model_len: int) -> Blueprint:
@@ -126,6 +130,7 @@ def draw_blueprint(plan: PlacementPlan, *, model: nn.Module, args: GRPOConfig, m
                 extra_arguments=extra,
                 lora_adapter=_adapter_dir(args) if args.vllm_lora_sync == "adapter" else None,
                 max_lora_rank=_max_lora_rank(model),
+                sleeps=sleeps(engine, args),
             )
             for engine, port in zip(plan.engines, ports, strict=True)
         ),
@@ -233,7 +238,11 @@ def start_rollouts(
                     dispatch=DispatchSettings(max_in_flight=_MAX_IN_FLIGHT, affinity_margin=_AFFINITY_MARGIN),
                     stall_s=args.vllm_stall_timeout_s,
                 ),
-                restarts=RestartSettings(max_in_a_row=args.vllm_max_restarts, timeout_s=args.vllm_startup_timeout_s),
+                restarts=RestartSettings(
+                    # One that sleeps in between would start while the trainer has the memory that it needs.
+                    max_in_a_row=0 if any(spec.sleeps for spec in blueprint.specs) else args.vllm_max_restarts,
+                    timeout_s=args.vllm_startup_timeout_s,
+                ),
             ),
         )
     except BaseException:

@@ -69,6 +69,7 @@ from shoal.trainer.sharding import (
     gradient_exchange,
     whole_state_dict,
 )
+from shoal.trainer.shared_devices import SharedDevice, sleeps
 from shoal.trainer.step import (
     micro_batches_of_rank,
     objective_settings,
@@ -180,6 +181,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             make_sources=self._make_sources,
             start=self._start_rollouts,
             make_publisher=self._make_publisher,
+            shared=self._shared_device(args),
         )
         self.engine_start_progress: StartProgress = print_start_progress
         """Told how far the engines are while they start; replace it to show it differently."""
@@ -246,8 +248,11 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             return [], None
         if self._max_tokens is None:
             self._max_tokens = self._token_budget(self._packs_in_parts())
-        self._engines.refresh(self.state.global_step, always=False)
+        report = self._engines.refresh(self.state.global_step, always=False)
+        if report is not None and self._engines.sleeps:
+            self._step_log.add({"seconds/publish": report.seconds})
         sequences = self._exchange.sequences(self._engines.during(self._write_step))
+        self._engines.rest()
         self._step_is_empty = not any(sequence.in_loss for sequence in sequences)
         self._train_began = time.monotonic()
         if self._measures_memory:
@@ -344,6 +349,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         metrics: dict[str, float] = self._exchange.json(
             lambda: {f"{metric_key_prefix}_{name}": value for name, value in evaluated().items()}
         )
+        self._engines.rest()
         self._is_evaluating = True
         try:
             self.log(dict(metrics))
@@ -445,11 +451,17 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             self.optimizer.zero_grad(set_to_none=True)
 
     def publish_after_step(self) -> None:
-        """Publish the weights that the optimizer's step has made. All ranks call it."""
+        """Publish the weights that the optimizer's step has made; engines that sleep get them when they are woken.
+
+        Nothing changes the weights until then, and what is done meanwhile (a checkpoint, say) has the whole device. All
+        ranks call it.
+        """
         self._step_log.end_step(self.args.world_size)
         seconds = time.monotonic() - self._train_began
         self._step_log.add({"seconds/train": seconds})
         self.ledger.add("train", seconds)
+        if self._engines.sleeps:
+            return
         report = self._engines.publish(self.state.global_step)
         self._step_log.add({"seconds/publish": report.seconds})
 
@@ -522,6 +534,13 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             score=self._score_group,
             on_progress=self.engine_start_progress,
         )
+
+    def _shared_device(self, args: GRPOConfig) -> SharedDevice | None:
+        """Return what gives this rank's memory to and fro, where engines sleep. A collective."""
+        if not self._exchange.json(lambda: any(sleeps(engine, args) for engine in self._plan.engines)):
+            return None
+        offloads = args.offload_optimizer_during_rollout
+        return SharedDevice(args.device, lambda: self.optimizer if offloads else None)
 
     async def _score_group(
         self, prompt: Prompt, rollouts: tuple[Rollout, ...], completions: tuple[CompletionLike, ...]

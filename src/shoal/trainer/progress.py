@@ -27,6 +27,7 @@ _STATE_WORDS = {
     State.STARTING: "restarting",
     State.STALE: "waiting for weights",
     State.SUSPECT: "not answering",
+    State.ASLEEP: "asleep",
     State.DEAD: "lost",
 }
 

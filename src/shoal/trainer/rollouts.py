@@ -18,6 +18,7 @@ from shoal.rollout.loop_thread import LoopThread
 from shoal.rollout.pool import EngineLoad, EnginePool, PoolSettings
 from shoal.types import PublishReport, ScoredGroup
 from shoal.weights.group import EngineAddress
+from shoal.weights.sleep import SleepReport
 from shoal.wire.transport import Backend
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,10 @@ class Rollouts:
         """Return how weights reach one engine."""
         engine = next(engine for engine in self.fleet.engines if engine.name == name)
         return EngineAddress(
-            client=engine.client, num_workers=engine.spec.num_workers, backend=self._backends[engine.name]
+            client=engine.client,
+            num_workers=engine.spec.num_workers,
+            backend=self._backends[engine.name],
+            sleeps=engine.spec.sleeps,
         )
 
     def check_alive(self) -> None:
@@ -132,6 +136,12 @@ class Rollouts:
 
         if reasons:
             self._in_loop(tell)
+
+    def asleep(self, report: SleepReport) -> None:
+        """Note which engines sleep; they hold nothing until the next publish. Those that could not are ended."""
+        self.version = None
+        self.lost(report.lost)
+        self._in_loop(lambda: self._pool.asleep(report.asleep))
 
     def take_back(self) -> tuple[str, ...]:
         """Return the engines that have been restarted since the last call: they answer, and hold nothing yet."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from shoal import vllm_compat
 from shoal.vllm_plugin.receiver import MeetInfo, ReceiveInfo, WeightReceiver
+from shoal.vllm_plugin.survival import lost_asleep
 from shoal.wire.agreement import Agreement
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,10 @@ class ShoalWorker:
     def shoal_receive(self, **info: Any) -> Answer:
         """Receive one whole cargo; answer with digests of what this worker now holds."""
         return self._shoal_answer(lambda: self._shoal_met().receive(ReceiveInfo(**info)))
+
+    def shoal_lost_asleep(self) -> Answer:
+        """Name what nothing would bring back if this worker slept at level 2 (`shoal.vllm_plugin.survival`)."""
+        return self._shoal_answer(lambda: lost_asleep(vllm_compat.worker_model(self), vllm_compat.drops_asleep))
 
     def _shoal_met(self) -> WeightReceiver:
         if self._shoal_receiver is None:

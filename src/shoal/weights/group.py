@@ -27,11 +27,13 @@ class EngineAddress:
         client: Drives it.
         num_workers: Its tensor times pipeline parallel size.
         backend: What carries its weights.
+        sleeps: Whether it sleeps between publishes.
     """
 
     client: ControlClient
     num_workers: int
     backend: Backend
+    sleeps: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

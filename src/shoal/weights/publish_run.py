@@ -13,6 +13,7 @@ import torch
 
 from shoal.errors import EnginesLostError, WeightProofError, WeightSyncError
 from shoal.types import UNPROVEN, PublishReport
+from shoal.weights.control import answer_of
 from shoal.weights.group import EngineGroup
 from shoal.weights.line import LAST_WORDS_S, PATIENCE, EngineLine
 from shoal.weights.proof import mismatch, prove
@@ -24,15 +25,12 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_LOOK_S = 1.0
-"""How often to look whether an engine that is waited for has died."""
-
 
 class PublishRun:
     """Sends the current weights under one version. `transfer` and `finish` are collectives.
 
-    Each engine has a thread on rank 0 that pauses it and then has its workers receive, while all ranks begin to send:
-    what they load and post meanwhile waits in the transport.
+    Each engine has a thread on rank 0 that wakes it if it sleeps, pauses it and then has its workers receive, while all
+    ranks begin to send: what they load and post meanwhile waits in the transport.
 
     Args:
         group: With the engines that are left.
@@ -50,8 +48,9 @@ class PublishRun:
         self._num_bytes = 0
         self._paused: set[int] = set()
         self._pause_s = 0.0
+        self._wake_s = 0.0
         self._began = self._lap_began = time.monotonic()
-        self._phases = dict.fromkeys(("pause", "wire", "prove", "resume"), 0.0)
+        self._phases = dict.fromkeys(("wake", "pause", "wire", "prove", "resume"), 0.0)
         self._updates: dict[int, Future[list[Any]]] = {}
         for control in group.controls:
             control.client.weight_version = UNPROVEN
@@ -64,6 +63,8 @@ class PublishRun:
         if group.ranks.rank == 0:
             self._updates = {index: self._start_update(index, cargo) for index in live}
         report, failure = self._send(cargo, live)
+        if any(group.lines[index].backend == "ipc" for index in live):
+            torch.cuda.empty_cache()  # an engine on this GPU may be about to take the memory of its KV cache
         accounts = group.ranks.gather_json(_account(report, failure))
         if errors := [account["error"] for account in accounts if account["error"]]:
             if failure is not None:
@@ -75,7 +76,8 @@ class PublishRun:
 
         def on_rank_zero() -> list[int]:
             held = self._await(accounts)
-            self._lap("pause", until=self._began + self._pause_s)
+            self._lap("wake", until=self._began + self._wake_s)
+            self._lap("pause", until=self._began + self._wake_s + self._pause_s)
             self._lap("wire")
             for account in accounts:
                 for name, sources in account["mismatches"].items():
@@ -135,6 +137,8 @@ class PublishRun:
         self._paused.add(index)
 
         def update() -> list[Any]:
+            if pauses:  # before its weights have memory, nothing can be received into it
+                self._wake_s = max(self._wake_s, control.wake_weights())
             answers, pause_s = control.receive(pauses=pauses, patience_s=patience_s, **info)
             self._pause_s = max(self._pause_s, pause_s)
             return answers
@@ -239,24 +243,8 @@ class PublishRun:
                 self._lose(index, error)
 
     def _result(self, index: int, future: Future[_T], patience_s: float) -> _T:
-        """Wait for an engine's answer, as long as there is an engine.
-
-        vLLM's server does not end a request that a dead engine was to answer.
-
-        Raises:
-            TimeoutError: It did not come within `patience_s`.
-            WeightSyncError: The engine has died.
-        """
-        deadline = time.monotonic() + max(0.0, patience_s)
-        while True:
-            try:
-                return future.result(max(0.0, min(_LOOK_S, deadline - time.monotonic())))
-            except TimeoutError:
-                if self._group.controls[index].client.has_died():
-                    name = self._group.lines[index].name
-                    raise WeightSyncError(f"{name} has died in the middle of a publish, see its log") from None
-                if time.monotonic() >= deadline:
-                    raise
+        """Wait for an engine's answer; see `answer_of`."""
+        return answer_of(future, self._group.controls[index].client, patience_s)
 
     def _release(self, index: int) -> None:
         """Let an engine that is given up go on, once it has ended what it was told: a pause may still be on its way."""

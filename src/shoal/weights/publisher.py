@@ -18,6 +18,7 @@ from shoal.weights.control import EngineControl
 from shoal.weights.group import EngineAddress, EngineGroup, PublishSettings
 from shoal.weights.meeting import Meeting
 from shoal.weights.publish_run import PublishRun
+from shoal.weights.sleep import Bedtime, SleepReport
 from shoal.wire.agreement import ADAPTER, Cargo, Verify
 from shoal.wire.plan import SlicePlan
 
@@ -53,8 +54,12 @@ class WeightPublisher:
         self._settings = settings
         num_threads = max(1, _THREADS_PER_ENGINE * len(self._engines))
         self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="publish")
-        self._controls = [EngineControl(engine.client, self._threads, settings.timeout_s) for engine in self._engines]
+        self._controls = [
+            EngineControl(engine.client, self._threads, settings.timeout_s, sleeps=engine.sleeps)
+            for engine in self._engines
+        ]
         self._group: EngineGroup | None = None
+        self._bedtime = Bedtime()
         self._has_published = False
         self.num_publishes = 0
         self.num_proven = 0
@@ -148,6 +153,16 @@ class WeightPublisher:
         report = self._run(self.group, version, self._due(), verify or self._settings.verify)
         self._has_published = True
         return report
+
+    def sleep(self) -> SleepReport:
+        """Have the engines that share this trainer's devices give their memory back until the next publish.
+
+        None of them may be writing: what it writes is aborted. What a sleeping engine holds counts as unproven.
+
+        Raises:
+            WeightSyncError: No engine is left.
+        """
+        return self._bedtime.begin(self.group)
 
     def close(self) -> None:
         """Leave all groups and give the threads back."""
