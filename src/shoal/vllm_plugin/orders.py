@@ -1,7 +1,8 @@
 """What is asked of `POST /shoal/generate`: samples of a few prompts, as JSON.
 
     {"model": "policy", "salt": "7f", "flush_tokens": 64, "prompts": [[5, 6, 7]],
-     "samples": [{"prompt": 0, "name": "a-1", "seed": 3, "temperature": 1.0, "max_tokens": 9, "stop_token_ids": [2]}]}
+     "samples": [{"prompt": 0, "name": "a-1", "seed": 3, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+                  "max_tokens": 9, "stop_token_ids": [2]}]}
 
 Samples of one prompt name it by its place, so it is sent once.
 """
@@ -103,6 +104,8 @@ def _sample(entry: Any, place: int, prompts: Sequence[list[int]]) -> SampleOrder
     sampling = {name: values[name] for name in _SAMPLING}
     if sampling["stop_token_ids"]:
         _token_ids(sampling["stop_token_ids"], f"the stop tokens of {what}")
+    # With no tokens that end a completion, the tokenizer's own does not either.
+    sampling["ignore_eos"] = not sampling["stop_token_ids"]
     return SampleOrder(
         prompt_token_ids=prompts[values["prompt"]], name=values["name"], seed=values["seed"], sampling=sampling
     )
@@ -146,10 +149,17 @@ def _is_positive(value: Any) -> bool:
     return _is_count(value) and 0 < value <= _LARGEST_TOKEN
 
 
-def _is_temperature(value: Any) -> bool:
+def _is_from_zero(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 _ORDER = {"model": _is_text, "salt": _is_text, "flush_tokens": _is_count, "prompts": _is_list, "samples": _is_list}
-_SAMPLING = {"temperature": _is_temperature, "max_tokens": _is_positive, "stop_token_ids": _is_list}
+_SAMPLING = {
+    "temperature": _is_from_zero,
+    "top_k": _is_count,
+    "top_p": _is_from_zero,
+    "min_p": _is_from_zero,
+    "max_tokens": _is_positive,
+    "stop_token_ids": _is_list,
+}
 _SAMPLE = {"prompt": _is_count, "name": _is_name, "seed": _is_count, **_SAMPLING}
