@@ -26,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--num-kills", type=int, default=1, help="how often to kill an engine, and a trainer, mid-publish")
     parser.addoption("--kills-seed", type=int, default=random.randrange(1 << 31), help="of whom and when to kill")
     parser.addoption("--kills-report", type=Path, help="file to write what became of each to, as JSON")
+    parser.addoption(
+        "--ray-engines", action="store_true", help="train with real engines on two Ray nodes, one of which is killed"
+    )
     parser.addoption("--soak-rounds", type=int, default=2, help="times that an engine is lost while three write")
     parser.addoption("--soak-seed", type=int, default=None, help="of the choice of engine, fate and moment")
 

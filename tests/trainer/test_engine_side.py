@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -28,7 +27,8 @@ class Process:
         self.status: int | None = None
         self.num_asked = 0
         self.log_path = "engine.log"
-        self.spec = SimpleNamespace(num_workers=1)
+        self.num_workers = 1
+        self.has_plugin = True
 
     def exit_status(self) -> int | None:
         return self.status
@@ -44,6 +44,8 @@ class Process:
 
 
 class Client(FakeEngine):
+    url = "http://127.0.0.1:8000"
+
     async def aclose(self) -> None: ...
 
     def close(self) -> None: ...

@@ -48,6 +48,7 @@ SUBCOMMANDS = {
     "demo": Subcommand(help="train a small model in minutes, on this machine as it is", module="shoal.cli.demo"),
     "plan": Subcommand(help="show which devices would train and which would generate", module="shoal.cli.plan"),
     "report": Subcommand(help="make the HTML report of a run", module="shoal.cli.report"),
+    "serve": Subcommand(help="start one engine that trainers elsewhere attach to", module="shoal.cli.serve"),
 }
 
 

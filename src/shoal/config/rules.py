@@ -10,6 +10,11 @@ from dataclasses import fields
 from numbers import Integral
 from typing import TYPE_CHECKING
 
+from shoal.config.elsewhere import (
+    attached_engines_are_made_elsewhere,
+    ray_decides_where,
+    settings_for_elsewhere_are_used,
+)
 from shoal.config.trl_only import refuse_trl_only
 from shoal.errors import ConfigError
 
@@ -22,6 +27,7 @@ _CHOICES = {
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "scale_rewards": ("group", "batch", "none"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "vllm_launcher": ("local", "ray"),
     "vllm_model_impl": ("vllm", "transformers"),
     "vllm_dtype": (None, "auto", "float32", "bfloat16", "float16"),
     "reward_on_error": ("raise",),
@@ -289,6 +295,9 @@ RULES: tuple[Callable[[GRPOConfig], None], ...] = (
     engine_settings_fit,
     ports_exist,
     extra_args_are_free,
+    attached_engines_are_made_elsewhere,
+    ray_decides_where,
+    settings_for_elsewhere_are_used,
     printing_is_on,
 )
 """Every rule that needs no device, the most basic first: later ones may rely on earlier ones."""

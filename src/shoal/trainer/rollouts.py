@@ -56,13 +56,18 @@ class Rollouts:
         )
         self._collector = RolloutCollector(self._pool, decode=decode, score=score)
         self.addresses = tuple(
-            EngineAddress(client=engine.client, num_workers=engine.spec.num_workers, backend=backend)
+            EngineAddress(client=engine.client, num_workers=engine.num_workers, backend=backend, host=engine.host)
             for engine, backend in zip(fleet.engines, settings.backends, strict=True)
         )
         """How weights reach each engine."""
         self._is_closed = False
         self.version: int | None = None
         """Version that every engine was proven to hold; None before the first publish."""
+
+    @property
+    def have_plugin(self) -> bool:
+        """Whether the engines were started with Shoal's plugin; all were, or none."""
+        return all(engine.process.has_plugin for engine in self.fleet.engines)
 
     def check_alive(self) -> None:
         """Look whether the engines that are in use still run.
