@@ -44,7 +44,7 @@ compile() { # compile DEVICE OPTIONS...
     local device=$1
     shift
     "$tool_venv/bin/uv" pip compile pyproject.toml "$inputs/$device-also" --quiet --no-header --no-annotate \
-        --extra "$device" --extra demo --extra dev --extra math --extra peft \
+        --extra "$device" --extra demo --extra dev --extra math --extra peft --extra ray \
         --overrides "$inputs/overrides" --excludes "$inputs/excludes" --constraints "$inputs/constraints" "$@"
 }
 

@@ -30,6 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--bench-engines", action="store_true", help="measure rollouts with real engines, which takes minutes"
     )
+    parser.addoption(
+        "--ray-engines", action="store_true", help="train with real engines on two Ray nodes, one of which is killed"
+    )
     parser.addoption("--soak-rounds", type=int, default=2, help="times that an engine is lost while three write")
     parser.addoption("--soak-seed", type=int, default=None, help="of the choice of engine, fate and moment")
 

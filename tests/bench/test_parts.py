@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,7 +16,6 @@ from shoal.bench.load import RunningLoad
 from shoal.bench.memory import MemoryWatch, parse_used_bytes
 from shoal.bench.model import build_model, change_weights, make_sources, parameters_of
 from shoal.bench.native import why_not
-from shoal.bench.native_api import FanOut, connect_native
 from shoal.bench.raw import _Member, measure_raw
 from shoal.bench.results import Results
 from shoal.bench.settings import BenchSettings, check_source, engine_specs, settle_devices
@@ -223,44 +221,3 @@ def test_load_is_kept_up_over_all_engines_and_ends() -> None:
         load._num_requests = 7
         with pytest.raises(StageError, match=r"write \d completions, not 7"):
             load.wait_until_running(0.2)
-
-
-def test_both_forms_of_vllms_update_reach_every_engine_at_its_place_in_the_group(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The second form is that of the vLLM installed here; the first is rebuilt after vLLM 0.26."""
-    nccl_engine = pytest.importorskip("vllm.distributed.weight_transfer.nccl_engine")
-    model = torch.nn.Linear(2, 3)
-    sent: list[Any] = []
-
-    class ByFunctions:
-        @staticmethod
-        def trainer_init(meeting: dict[str, Any]) -> str:
-            return f"group of {meeting['world_size']}"
-
-        @staticmethod
-        def trainer_send_weights(iterator: Any, arguments: dict[str, Any]) -> None:
-            sent.append((dict(iterator), arguments))
-
-    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: SimpleNamespace(size=info.world_size))
-    monkeypatch.setattr(
-        nccl_engine, "packed_nccl_broadcast_producer", lambda iterator, **others: sent.append((dict(iterator), others))
-    )
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    for is_first in (False, True):
-        if is_first:
-            monkeypatch.delattr(nccl_engine, "NCCLTrainerWeightTransferEngine")
-            monkeypatch.setattr(nccl_engine, "NCCLWeightTransferEngine", ByFunctions)
-        clients = [FakeClient(), FakeClient()]
-        engines = FanOut(cast("list[EngineClient]", clients), workers_per_engine=2)
-        connect_native(engines, model, port=1234, num_workers=4)()
-        for index, client in enumerate(clients):
-            paths = [path for path, _ in client.posts]
-            assert paths == [
-                "/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"
-            ]  # fmt: skip
-            joining, update = client.posts[0][1]["init_info"], client.posts[2][1]["update_info"]
-            assert (joining["rank_offset"], joining["world_size"]) == (1 + 2 * index, 5)
-            assert (joining if not is_first else update)["packed"] is True
-            assert update["names"] == ["weight", "bias"] and update["shapes"] == [[3, 2], [3]]
-        assert torch.equal(sent[-1][0]["weight"], model.weight)

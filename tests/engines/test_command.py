@@ -178,3 +178,20 @@ def test_nothing_is_reported_to_anybody_and_everything_stays_on_loopback() -> No
     environment = serve_environment(SPEC, KEY, {})
     assert (environment["VLLM_NO_USAGE_STATS"], environment["DO_NOT_TRACK"]) == ("1", "1")
     assert (environment["VLLM_HOST_IP"], environment["GLOO_SOCKET_IFNAME"]) == ("127.0.0.1", "lo")
+
+
+def test_an_engine_for_other_hosts_listens_for_them_while_its_workers_keep_to_theirs() -> None:
+    spec = replace(GPU_SPEC, host="10.0.0.7")
+    assert flags(spec)["--host"] == "10.0.0.7" and flags(GPU_SPEC)["--host"] == "127.0.0.1"
+    environment = serve_environment(spec, KEY, LAUNCHED)
+    assert (environment["VLLM_HOST_IP"], environment["GLOO_SOCKET_IFNAME"]) == ("127.0.0.1", "lo")
+
+
+def test_an_engine_over_several_nodes_lets_ray_choose_its_gpus_and_its_workers_meet_over_the_network() -> None:
+    spec = replace(GPU_SPEC, host="10.0.0.7", executor="ray", cuda_devices=(), tensor_parallel_size=16)
+    assert flags(spec)["--distributed-executor-backend"] == "ray"
+    assert flags(spec)["--gpu-memory-utilization"] == "0.8" and "--enforce-eager" not in flags(spec)
+    # A Ray actor without GPUs of its own sees none, which vLLM must not take over.
+    environment = serve_environment(spec, KEY, LAUNCHED | {"CUDA_VISIBLE_DEVICES": ""})
+    assert environment["VLLM_HOST_IP"] == "10.0.0.7"
+    assert not {"GLOO_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"} & environment.keys()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import openai
 import psutil
 import pytest
 
@@ -137,7 +138,8 @@ def test_every_route_of_a_real_engine_refuses_whoever_does_not_have_the_key(trai
     for path in ("/pause", "/resume", "/update_weights", "/init_weight_transfer_engine", "/collective_rpc", "/sleep"):
         assert ("POST", path) in routes
     assert len(routes) > 30
-    routes |= {("POST", "/shoal/receive"), ("POST", "/shoal/generate")}  # Shoal's own, which the engine does not list
+    # Shoal's own, which the engine does not list.
+    routes |= {("POST", f"/shoal/{name}") for name in ("receive", "generate", "hold")} | {("GET", "/shoal/about")}
     with httpx.Client(base_url=trainer.url, timeout=10, trust_env=False) as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {trainer.key[:-1]}"}):
             for method, path in sorted(routes):
@@ -147,6 +149,24 @@ def test_every_route_of_a_real_engine_refuses_whoever_does_not_have_the_key(trai
         assert client.get("/health", headers=right).status_code == 200  # the control: the key opens them
         assert client.get("/v1/models", headers=right).json()["data"][0]["id"] == "policy"
         assert client.get("/is_paused", headers=right).json() == {"is_paused": False}  # nobody got through to /pause
+
+
+def test_any_openai_client_can_talk_to_an_engine_with_the_key_and_gets_401_without(
+    trainers: dict[str, Trainer],
+) -> None:
+    trainer = trainers["normal"]
+
+    def ask(key: str) -> str:
+        with httpx.Client(trust_env=False) as connection:
+            client = openai.OpenAI(base_url=f"{trainer.url}/v1", api_key=key, http_client=connection, max_retries=0)
+            answer = client.completions.create(model="policy", prompt="abc", max_tokens=5, temperature=0.0, seed=1)
+        assert answer.usage is not None
+        return f"{answer.usage.completion_tokens} tokens, {answer.choices[0].finish_reason}"
+
+    assert ask(trainer.key) in ("5 tokens, length", *(f"{number} tokens, stop" for number in range(6)))
+    for key in ("wrong", trainers["SIGINT"].key):
+        with pytest.raises(openai.AuthenticationError, match="401"):
+            ask(key)
 
 
 def test_the_key_of_one_run_does_not_open_anothers_engine(trainers: dict[str, Trainer]) -> None:

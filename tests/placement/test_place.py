@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shoal.errors import PlacementError
 from shoal.placement.devices import hypothetical_gpus
 from shoal.placement.parse import parse_devices
-from shoal.placement.plan import place
+from shoal.placement.plan import place, place_trainers
 from shoal.placement.records import PlacementPlan, PlacementRequest
 from shoal.placement.suggest import suggest
 
@@ -257,3 +257,15 @@ def test_every_refusal_names_a_change_that_is_accepted(num_gpus: int, request: P
         for suggestion in suggestions:
             assert suggestion.text.lower() in str(refusal).lower()
             assert place(devices, suggestion.request).engines
+
+
+def test_where_engines_are_elsewhere_every_gpu_is_the_trainers() -> None:
+    plan = place_trainers(hypothetical_gpus(range(4)), 4)
+    assert [device.label for device in plan.trainers] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert (plan.engines, plan.idle, plan.warnings) == ((), (), ())
+    plan = place_trainers(hypothetical_gpus(range(4)), 3)
+    assert [device.label for device in plan.idle] == ["cuda:3"]
+    assert "cuda:3 will be idle: the engines are elsewhere" in plan.warnings[0]
+    assert [device.label for device in place_trainers((), 2).trainers] == ["cpu", "cpu"]
+    with pytest.raises(PlacementError, match="5 trainer processes cannot be placed on 4 GPUs"):
+        place_trainers(hypothetical_gpus(range(4)), 5)

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoTokenizer
 
 from shoal import GRPOConfig, GRPOTrainer, vllm_compat
+from shoal.engines.ray_engine import RayLauncher
 from shoal.errors import ConfigError
 from shoal.testing import tiny_model, tiny_tokenizer
 from shoal.trainer.factory import (
@@ -78,6 +79,31 @@ def test_what_the_user_sets_goes_before_what_would_be_derived(tmp_path: Path) ->
     blueprint = draw_blueprint(plan_placement(model.config, args), model=model, args=args, max_model_len=99)
     assert [(spec.dtype, spec.max_model_len) for spec in blueprint.specs] == [("bfloat16", 600)] * 2
     assert len({spec.port for spec in blueprint.specs}) == len({spec.name for spec in blueprint.specs}) == 2
+
+
+def test_engines_that_run_already_take_nothing_here_and_are_told_what_is_needed(tmp_path: Path) -> None:
+    urls = ["http://10.0.0.7:8000", "http://10.0.0.8:8000"]
+    args, model = config(tmp_path, vllm_server_base_urls=urls), tiny_model()
+    plan = plan_placement(model.config, args)
+    assert plan.engines == () and [device.label for device in plan.trainers] == ["cpu"]
+    blueprint = draw_blueprint(plan, model=get_peft_model(model, LoraConfig()), args=args, max_model_len=99)
+    assert blueprint.specs == () and blueprint.backends == ("gloo", "gloo")
+    assert blueprint.needs is not None
+    assert (blueprint.needs.max_model_len, blueprint.needs.device) == (99, "cpu")
+    assert blueprint.needs.model["hidden_size"] == model.config.hidden_size
+
+
+def test_engines_on_ray_leave_their_devices_and_ports_to_the_nodes(tmp_path: Path) -> None:
+    args = config(tmp_path, vllm_launcher="ray", vllm_num_engines=3, vllm_tensor_parallel_size=2)
+    model = tiny_model()
+    plan = plan_placement(model.config, args)
+    assert plan.engines == ()
+    blueprint = draw_blueprint(plan, model=model, args=args, max_model_len=99)
+    assert [spec.name for spec in blueprint.specs] == ["engine-0", "engine-1", "engine-2"]
+    assert {(spec.port, spec.num_workers, spec.cuda_devices, spec.cpu_cores) for spec in blueprint.specs} == {
+        (0, 2, (), ())
+    }
+    assert blueprint.backends == ("gloo",) * 3 and isinstance(blueprint.launch, RayLauncher)
 
 
 @pytest.mark.parametrize(

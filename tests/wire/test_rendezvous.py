@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ from shoal.wire.rendezvous import (
     Store,
     _without_nccl_watchdog,
     host_store,
+    is_own_address,
     join_store,
+    local_address,
     make_group,
 )
 
@@ -139,3 +142,22 @@ def test_a_value_is_looked_for_without_waiting_and_can_be_taken_back() -> None:
     assert store.check(["mark"])
     store.delete_key("mark")
     assert not other.check(["mark"])
+
+
+def test_the_way_to_this_host_itself_is_loopback_and_its_other_addresses_are_its_own() -> None:
+    for peer in ("127.0.0.1", "localhost", "0.0.0.0"):
+        assert local_address(peer) in ("127.0.0.1", "::1")
+    ours = {a.address for addresses in psutil.net_if_addrs().values() for a in addresses if a.family == socket.AF_INET}
+    for address in ours - {"127.0.0.1"}:
+        assert local_address(address) == address and is_own_address(address)
+    assert is_own_address("127.0.0.1") and not is_own_address("203.0.113.77")
+    with pytest.raises(OSError):
+        local_address("no-such-host.invalid")
+
+
+def test_a_store_listens_at_the_address_that_it_was_given_and_at_no_other() -> None:
+    store = host_store("127.0.0.2", 5)
+    with socket.create_connection(("127.0.0.2", store.port), timeout=5):
+        pass
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", store.port), timeout=5)

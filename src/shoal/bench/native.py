@@ -17,11 +17,12 @@ import torch
 
 from shoal.bench.children import run_children
 from shoal.bench.model import build_model, change_weights
-from shoal.bench.native_api import FanOut, connect_native
 from shoal.bench.settings import BenchSettings, engine_specs
+from shoal.engines.command import LOOPBACK
 from shoal.engines.fleet import Fleet
 from shoal.engines.process import choose_ports
 from shoal.placement.devices import discover_devices
+from shoal.weights.native_api import FanOut, connect_native, outgoing_of
 
 NUM_WARM_UPS = 2
 _START_TIMEOUT_S = 900.0
@@ -71,9 +72,13 @@ def main(answer: str, settings_text: str, folder: str) -> None:
         request_timeout_s=_REQUEST_TIMEOUT_S,
     ) as fleet:
         model = build_model(settings, torch.device("cuda", 0))
-        engines = FanOut([engine.client for engine in fleet.engines], settings.tensor_parallel_size)
+        engines = FanOut(
+            [engine.client for engine in fleet.engines],
+            [engine.num_workers for engine in fleet.engines],
+            _REQUEST_TIMEOUT_S,
+        )
         (port,) = choose_ports(1, None)
-        send = connect_native(engines, model, port=port, num_workers=settings.num_workers)
+        send = connect_native(engines, outgoing_of(model), host=LOOPBACK, port=port)
         result: dict[str, list[float]] = {"update": [], "total": []}
         for _ in range(NUM_WARM_UPS + settings.repeats):
             change_weights(model, settings)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +18,7 @@ from shoal.bench.settings import BenchSettings
 from shoal.bench.shapes import SHAPES
 from shoal.engines.command import LOOPBACK
 from shoal.engines.fleet import Fleet
+from shoal.engines.process import EngineProcess
 from shoal.errors import ShoalError, WeightProofError
 from shoal.protocols import Ranks
 from shoal.testing.transport import make_flipping
@@ -202,7 +203,7 @@ class PublishBench:
             return ()
         if self._device.type == "cuda":
             return [used_on_gpus([visible]) for engine in self._engines for visible in engine.spec.cuda_devices]
-        return [resident([engine.process.pid]) for engine in self._engines]
+        return [resident([cast(EngineProcess, engine.process).pid]) for engine in self._engines]
 
 
 @contextmanager

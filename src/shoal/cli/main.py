@@ -42,14 +42,12 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "bench": Subcommand(
-        help="measure whole steps, publishes or rollouts",
-        module="shoal.cli.bench",
-    ),
+    "bench": Subcommand(help="measure whole steps, publishes or rollouts", module="shoal.cli.bench"),
     "demo": Subcommand(help="train a small model in minutes, on this machine as it is", module="shoal.cli.demo"),
     "doctor": Subcommand(help="check this environment, and say what to do", module="shoal.cli.doctor"),
     "plan": Subcommand(help="show which devices would train and which would generate", module="shoal.cli.plan"),
     "report": Subcommand(help="make the HTML report of a run", module="shoal.cli.report"),
+    "serve": Subcommand(help="start one engine that trainers elsewhere attach to", module="shoal.cli.serve"),
     "train": Subcommand(help="train what a YAML or JSON file describes", module="shoal.cli.train"),
 }
 

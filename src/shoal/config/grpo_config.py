@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from shoal.config.batch import BATCH_RULES
+from shoal.config.elsewhere import TRL_SERVER_HOST, TRL_SERVER_PORT, translate_trl_server
 from shoal.config.normalize import parse_json_settings, translate_trl_values
 from shoal.config.rules import RULES
 from shoal.config.setting import setting
@@ -111,6 +112,16 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     # Engines
     use_vllm: bool | None = setting(None, "For scripts from TRL: completions are always written by vLLM engines.")
     vllm_mode: str | None = setting(None, "For scripts from TRL: colocate is vllm_devices=colocate; server is auto.")
+    vllm_server_base_url: str | None = setting(None, "For scripts from TRL: the one of vllm_server_base_urls.")
+    vllm_server_host: str = setting(TRL_SERVER_HOST, "For scripts from TRL: its host.")
+    vllm_server_port: int = setting(TRL_SERVER_PORT, "For scripts from TRL: its port.")
+    vllm_server_base_urls: list[str] | None = setting(
+        None, "URLs of engines that others have started, with shoal serve: attach to these and start none."
+    )
+    vllm_api_key_file: str | None = setting(
+        None, "File with their key, mode 600. Unset: SHOAL_ENGINE_API_KEY of the environment."
+    )
+    vllm_launcher: str = setting("local", "Where engines are started: local, this host; ray, nodes of a Ray cluster.")
     vllm_devices: str = setting(
         "auto", "GPUs for engines: auto (those the trainer leaves), colocate, cuda:2,cuda:3, 4-7, cpu, or cpu:2."
     )
@@ -142,6 +153,9 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
         "Engines that sleep while the trainer works are not restarted.",
     )
     weight_sync_timeout_s: float = setting(120.0, "Seconds an engine may take for any step of a publish of weights.")
+    weight_sync_host: str | None = setting(
+        None, "Address of this host at which engines elsewhere reach it. Unset: the one on the way to each."
+    )
     vllm_lora_sync: str = setting(
         "merge", "How an adapter reaches engines: merge it into the weights sent, or adapter: engines serve it."
     )
@@ -164,6 +178,7 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     def __post_init__(self) -> None:
         """Check the settings: first those that need no device, then transformers' own, then the batch."""
         parse_json_settings(self)
+        translate_trl_server(self)
         translate_trl_values(self)
         for rule in RULES:
             rule(self)
@@ -188,6 +203,11 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     def prompts_per_step(self) -> int:
         """Prompts that one optimizer step trains on, over all processes."""
         return self.completions_per_step // self.num_generations
+
+    @property
+    def engines_are_elsewhere(self) -> bool:
+        """Whether engines use no devices of this host that are reserved for them."""
+        return self.vllm_server_base_urls is not None or self.vllm_launcher != "local"
 
     def engine_memory_utilization(self, *, colocated: bool) -> float:
         """Return the share of a GPU's memory that an engine takes.

@@ -48,6 +48,11 @@ def translate_trl_values(config: GRPOConfig) -> None:
         return
     if mode not in ("server", "colocate"):
         raise ConfigError(f"vllm_mode={mode!r} is not known. Remove it and set vllm_devices instead.")
+    if mode == "colocate" and config.vllm_server_base_urls:
+        raise ConfigError(
+            f"vllm_mode='colocate' contradicts vllm_server_base_urls={config.vllm_server_base_urls!r}: engines that "
+            "run already are on devices of their own. Remove one of them."
+        )
     fitting = ("auto", "colocate") if mode == "colocate" else None
     if (fitting is not None and devices not in fitting) or (mode == "server" and devices == "colocate"):
         raise ConfigError(
@@ -56,6 +61,8 @@ def translate_trl_values(config: GRPOConfig) -> None:
     if mode == "colocate":
         config.vllm_devices = "colocate"
         meaning = 'is vllm_devices="colocate" here: engines are processes of their own on the trainer\'s GPUs'
+    elif config.vllm_server_base_urls:
+        return
     else:
         meaning = "does not look for a server: Shoal starts engines itself, on the GPUs that vllm_devices says"
     warnings.warn(f"vllm_mode={mode!r} {meaning}. Set vllm_devices instead.", UserWarning, stacklevel=4)

@@ -11,6 +11,11 @@ from dataclasses import fields
 from numbers import Integral
 from typing import TYPE_CHECKING
 
+from shoal.config.elsewhere import (
+    attached_engines_are_made_elsewhere,
+    ray_decides_where,
+    settings_for_elsewhere_are_used,
+)
 from shoal.config.trl_only import refuse_trl_only
 from shoal.errors import ConfigError
 
@@ -24,6 +29,7 @@ _CHOICES = {
     "scale_rewards": ("group", "batch", "none"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "old_logprobs": ("policy", "rollout"),
+    "vllm_launcher": ("local", "ray"),
     "vllm_model_impl": ("vllm", "transformers"),
     "vllm_dtype": (None, "auto", "float32", "bfloat16", "float16"),
     "reward_on_error": ("raise", "drop"),
@@ -368,6 +374,9 @@ RULES: tuple[Callable[[GRPOConfig], None], ...] = (
     offloading_has_a_purpose,
     ports_exist,
     extra_args_are_free,
+    attached_engines_are_made_elsewhere,
+    ray_decides_where,
+    settings_for_elsewhere_are_used,
     printing_is_on,
 )
 """Every rule that needs no device, the most basic first: later ones may rely on earlier ones."""

@@ -21,7 +21,6 @@ _ONE_DISTRIBUTION = (
 _OTHER_LOSS = "It belongs to a loss_type that Shoal does not have yet."
 _NO_ENTROPY = "Entropy terms are not part of Shoal's losses yet."
 _NO_REF_SYNC = "The reference model stays fixed."
-_OWN_SERVERS = "Shoal starts its engines itself, on ports and addresses of its own choice."
 _NO_TRANSFORMERS = "Completions are always written by vLLM engines."
 _LATER = "Not supported yet."
 
@@ -48,11 +47,8 @@ class TrlOnlyFields:
     transformers_continuous_batching_config: dict[str, Any] | str | None = setting(None, _NO_TRANSFORMERS)
     use_transformers_paged: bool = setting(False, _NO_TRANSFORMERS)
     vllm_structured_outputs_regex: str | None = setting(None, _ONE_DISTRIBUTION)
-    vllm_server_base_url: str | None = setting(None, _OWN_SERVERS)
-    vllm_server_host: str = setting("0.0.0.0", _OWN_SERVERS)
-    vllm_server_port: int = setting(8000, f"{_OWN_SERVERS} Use vllm_base_port for fixed ports.")
-    vllm_server_timeout: float = setting(240.0, f"{_OWN_SERVERS} Use vllm_startup_timeout_s.")
-    vllm_group_port: int = setting(51216, f"{_OWN_SERVERS} The port for weights is a free one.")
+    vllm_server_timeout: float = setting(240.0, "Use vllm_startup_timeout_s, for engines that others start too.")
+    vllm_group_port: int = setting(51216, "The port for weights is a free one.")
     sapo_temperature_neg: float = setting(1.05, _OTHER_LOSS)
     sapo_temperature_pos: float = setting(1.0, _OTHER_LOSS)
     vespo_k_pos: float = setting(2.0, _OTHER_LOSS)

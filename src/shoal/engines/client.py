@@ -44,7 +44,7 @@ class EngineClient:
     Args:
         name: For messages and metrics.
         url: Such as `"http://127.0.0.1:8000"`.
-        api_key: The run's key.
+        api_key: The run's key; empty for a server without one.
         log_path: Named in errors; None for a server that somebody else started.
         request_timeout_s: Longest that one completion may take.
         model: What completions are asked of, such as an adapter that the server serves by that name.
@@ -75,7 +75,7 @@ class EngineClient:
         self.cache_salt = ""
         """Changes with the weights: what one salt has put into the prefix cache, no other is given."""
         self._was_cut: dict[str, bool] = {}  # of the requests under way that have a name
-        headers = {"Authorization": f"Bearer {api_key}"}
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx.Timeout(request_timeout_s, connect=_CONNECT_TIMEOUT_S)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
         # `trust_env=False`: a proxy from the environment must not see loopback traffic.

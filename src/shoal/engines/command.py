@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from shoal import vllm_compat
 from shoal.vllm_plugin.gate import KEY_VARIABLE
@@ -30,7 +31,7 @@ class EngineSpec:
     Attributes:
         name: Such as `"engine-0"`.
         model_dir: Folder with the model's config and tokenizer. Its weights are not read: the trainer sends them.
-        port: To listen on, at 127.0.0.1.
+        port: To listen on, at `host`.
         cuda_devices: Indices or UUIDs for `CUDA_VISIBLE_DEVICES`; empty for a CPU engine.
         cpu_cores: Cores to run on; empty for no binding.
         tensor_parallel_size: vLLM's.
@@ -45,6 +46,9 @@ class EngineSpec:
             adapter, and after the first publish the trainer sends it alone. None for a whole model.
         max_lora_rank: The adapter's largest rank.
         sleeps: Whether it can give its devices' memory back for a while (GPU engines only).
+        host: Address to listen on.
+        executor: What runs the workers of an engine that has several: `"mp"` processes of its host, `"ray"` for
+            workers on several hosts.
     """
 
     name: str
@@ -63,11 +67,18 @@ class EngineSpec:
     lora_adapter: Path | None = None
     max_lora_rank: int = 16
     sleeps: bool = False
+    host: str = LOOPBACK
+    executor: Literal["mp", "ray"] = "mp"
 
     @property
     def request_model(self) -> str:
         """What a request has to name as its model."""
         return SERVED_MODEL_NAME if self.lora_adapter is None else SERVED_ADAPTER_NAME
+
+    @property
+    def is_on_gpus(self) -> bool:
+        """Whether its workers compute on GPUs: those it names, or those that Ray gives to each."""
+        return bool(self.cuda_devices) or self.executor == "ray"
 
     @property
     def num_workers(self) -> int:
@@ -78,7 +89,7 @@ class EngineSpec:
 def serve_command(spec: EngineSpec) -> list[str]:
     """Return the argument vector that starts the engine."""
     options: dict[str, object] = {
-        "host": LOOPBACK,
+        "host": spec.host,
         "port": spec.port,
         "served-model-name": SERVED_MODEL_NAME,
         "dtype": spec.dtype,
@@ -92,6 +103,7 @@ def serve_command(spec: EngineSpec) -> list[str]:
         "middleware": [
             "shoal.vllm_plugin.publish_route.PublishRoute",
             "shoal.vllm_plugin.generate_route.GenerateRoute",
+            "shoal.vllm_plugin.attach_routes.AttachRoutes",
             "shoal.vllm_plugin.gate.ApiKeyGate",
         ],
         # Logprobs of the distribution that was sampled from, temperature included.
@@ -110,7 +122,7 @@ def serve_command(spec: EngineSpec) -> list[str]:
         }
     if spec.max_model_len is not None:
         options["max-model-len"] = spec.max_model_len
-    if spec.cuda_devices:
+    if spec.is_on_gpus:
         options["gpu-memory-utilization"] = spec.gpu_memory_utilization
         options["enable-sleep-mode"] = spec.sleeps
     else:
@@ -120,7 +132,7 @@ def serve_command(spec: EngineSpec) -> list[str]:
         options["no-enable-chunked-prefill"] = True
     if spec.num_workers > 1:
         # The default would be Ray where Ray runs, for engines within one host too.
-        options["distributed-executor-backend"] = "mp"
+        options["distributed-executor-backend"] = spec.executor
     options.update(spec.extra_arguments)
     return [sys.executable, *vllm_compat.serve_arguments(str(spec.model_dir)), *_flags(options)]
 
@@ -134,18 +146,23 @@ def serve_environment(spec: EngineSpec, api_key: str, base: Mapping[str, str]) -
         base: The trainer's environment.
     """
     environment = without_launcher_variables(base)
+    if spec.executor == "mp":
+        # The workers talk to one another within their host, whatever the server listens on.
+        environment |= {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo"}
+    else:
+        environment["VLLM_HOST_IP"] = spec.host
     environment |= {
         KEY_VARIABLE: api_key,
         "VLLM_SERVER_DEV_MODE": "1",  # the pause and weight-update routes; the gate guards them
-        "VLLM_HOST_IP": LOOPBACK,
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # its routes could put another adapter in place of the published one
     }
     if spec.cuda_devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(spec.cuda_devices)
+    elif spec.is_on_gpus:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # Ray's, of an actor without any
     else:
         threads = max(1, len(spec.cpu_cores) // spec.num_workers) if spec.cpu_cores else 1
         environment |= {

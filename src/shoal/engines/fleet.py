@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import urlsplit
 
 from shoal.engines.client import EngineClient
 from shoal.engines.command import LOOPBACK, EngineSpec
-from shoal.engines.process import EngineProcess
+from shoal.engines.handle import EngineHandle, Launch
+from shoal.engines.process import launch_here
 from shoal.errors import EngineError, EngineStartError
 
 _POLL_S = 0.25
@@ -23,9 +25,9 @@ StartProgress = Callable[[Sequence[tuple[str, str]], float], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManagedEngine:
-    """One running engine: its process and the client that talks to it."""
+    """One running engine: what holds it and the client that talks to it."""
 
-    process: EngineProcess
+    process: EngineHandle
     client: EngineClient
 
     @property
@@ -34,9 +36,26 @@ class ManagedEngine:
         return self.client.name
 
     @property
+    def host(self) -> str:
+        """Name or address at which this host reaches it."""
+        return urlsplit(self.client.url).hostname or LOOPBACK
+
+    @property
+    def num_workers(self) -> int:
+        """vLLM's worker processes."""
+        return self.process.num_workers
+
+    @property
     def spec(self) -> EngineSpec:
-        """What was started."""
-        return self.process.spec
+        """What was started; attached engines have none."""
+        spec = self.process.spec
+        assert spec is not None, "started by others"
+        return spec
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it gives its devices' memory back between publishes."""
+        return self.process.spec is not None and self.process.spec.sleeps
 
 
 class Fleet:
@@ -58,6 +77,7 @@ class Fleet:
         timeout_s: float,
         request_timeout_s: float,
         on_progress: StartProgress | None = None,
+        launch: Launch = launch_here,
     ) -> Fleet:
         """Start every engine and wait until all are ready.
 
@@ -67,6 +87,7 @@ class Fleet:
             timeout_s: For all of them together.
             request_timeout_s: Longest that one completion may take later.
             on_progress: Told about once a second.
+            launch: Starts them, on this host or elsewhere.
 
         Raises:
             EngineStartError: One ended, or was not ready in time. All have been ended by then.
@@ -75,11 +96,10 @@ class Fleet:
         engines: list[ManagedEngine] = []
         fleet = cls((), api_key)
         try:
-            for spec in specs:
-                process = EngineProcess(spec, api_key, log_dir / f"{spec.name}.log")
+            for spec, (process, url) in zip(specs, launch(specs, api_key, log_dir), strict=True):
                 client = EngineClient(
                     name=spec.name,
-                    url=f"http://{LOOPBACK}:{spec.port}",
+                    url=url,
                     api_key=api_key,
                     log_path=process.log_path,
                     request_timeout_s=request_timeout_s,
@@ -110,7 +130,8 @@ class Fleet:
         status = process.exit_status()
         if status is None:
             return None
-        return f"ended with status {status}: {process.why_it_died()} (see {process.log_path})"
+        log = f" (see {process.log_path})" if process.log_path is not None else ""
+        return f"ended with status {status}: {process.why_it_died()}{log}"
 
     def end(self, name: str) -> None:
         """End one engine, without waiting for it; the others run on."""

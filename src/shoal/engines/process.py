@@ -48,12 +48,9 @@ class EngineProcess:
         self.log_path = log_path
         self._api_key = api_key
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-m", "shoal.engines.guard", "--parent", str(os.getpid())]
-        if spec.cpu_cores and not spec.cuda_devices:
-            guard += ["--cores", ",".join(str(core) for core in spec.cpu_cores)]
         with log_path.open("wb") as log:
             self._guard = subprocess.Popen(
-                [*guard, "--", *serve_command(spec)],
+                guarded_command(spec),
                 env=serve_environment(spec, api_key, os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -61,6 +58,16 @@ class EngineProcess:
                 # Ctrl-C goes to the trainer alone, which then ends its engines in order.
                 start_new_session=True,
             )
+
+    @property
+    def has_plugin(self) -> bool:
+        """Always: `serve_command` sees to it."""
+        return True
+
+    @property
+    def num_workers(self) -> int:
+        """vLLM's worker processes."""
+        return self.spec.num_workers
 
     @property
     def pid(self) -> int:
@@ -92,9 +99,11 @@ class EngineProcess:
         """
         self.ask_to_end()
         self.wait_ended()
-        spec = self.spec if is_free(self.spec.port) else replace(self.spec, port=choose_ports(1, None)[0])
+        spec, host = self.spec, self.spec.host
+        if not is_free(spec.port, host):
+            spec = replace(spec, port=choose_ports(1, None, host)[0])
         log_path = next_log_path(self.log_path)
-        return EngineProcess(spec, self._api_key, log_path), f"http://{LOOPBACK}:{spec.port}"
+        return EngineProcess(spec, self._api_key, log_path), f"http://{host}:{spec.port}"
 
     def why_it_died(self) -> str:
         """Return the log's most telling line, for an error message."""
@@ -103,6 +112,30 @@ class EngineProcess:
     def stage(self) -> str:
         """Say in a few words how far the start is, from what the log has said so far."""
         return stage_in(tail(self.log_path, 400))
+
+
+def guarded_command(spec: EngineSpec) -> list[str]:
+    """Return the argument vector of an engine behind a guard that ends it with this process."""
+    guard = [sys.executable, "-m", "shoal.engines.guard", "--parent", str(os.getpid())]
+    if spec.cpu_cores and not spec.is_on_gpus:
+        guard += ["--cores", ",".join(str(core) for core in spec.cpu_cores)]
+    return [*guard, "--", *serve_command(spec)]
+
+
+def launch_here(specs: Sequence[EngineSpec], api_key: str, log_dir: Path) -> list[tuple[EngineProcess, str]]:
+    """Start engines on this host; a `Launch`. Each writes to `<log_dir>/<name>.log`."""
+    started: list[tuple[EngineProcess, str]] = []
+    try:
+        for spec in specs:
+            process = EngineProcess(spec, api_key, log_dir / f"{spec.name}.log")
+            started.append((process, f"http://{spec.host}:{spec.port}"))
+    except BaseException:
+        for process, _ in started:
+            process.ask_to_end()
+        for process, _ in started:
+            process.wait_ended()
+        raise
+    return started
 
 
 def reason_in(lines: Sequence[str]) -> str:
@@ -140,19 +173,19 @@ def next_log_path(path: Path) -> Path:
     return path.with_name(f"{stem}.restart-{number + 1}{path.suffix}")
 
 
-def is_free(port: int) -> bool:
-    """Whether an engine could listen on this port."""
+def is_free(port: int, host: str = LOOPBACK) -> bool:
+    """Whether an engine could listen on this port of `host`."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((LOOPBACK, port))
+            listener.bind((host, port))
         except OSError:
             return False
     return True
 
 
-def choose_ports(num_engines: int, base_port: int | None) -> list[int]:
-    """Return a port for each engine: free ones, or `base_port` and those after it.
+def choose_ports(num_engines: int, base_port: int | None, host: str = LOOPBACK) -> list[int]:
+    """Return a port of `host` for each engine: free ones, or `base_port` and those after it.
 
     Raises:
         ConfigError: A port of the range asked for is taken.
@@ -161,7 +194,7 @@ def choose_ports(num_engines: int, base_port: int | None) -> list[int]:
         sockets = [socket.socket() for _ in range(num_engines)]
         try:
             for listener in sockets:
-                listener.bind((LOOPBACK, 0))
+                listener.bind((host, 0))
             return [int(listener.getsockname()[1]) for listener in sockets]
         finally:
             for listener in sockets:
@@ -171,10 +204,10 @@ def choose_ports(num_engines: int, base_port: int | None) -> list[int]:
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                listener.bind((LOOPBACK, port))
+                listener.bind((host, port))
             except OSError as error:
                 raise ConfigError(
                     f"vllm_base_port={base_port} needs ports {ports[0]} to {ports[-1]}, but {port} is in use on "
-                    f"{LOOPBACK} ({error.strerror}). Choose another base, or leave vllm_base_port unset for free ports."
+                    f"{host} ({error.strerror}). Choose another base, or leave vllm_base_port unset for free ports."
                 ) from error
     return ports

@@ -23,7 +23,7 @@ def divide(devices: Sequence[Device], request: PlacementRequest) -> Division:
     _check_model_splits(request)
     spec = parse_devices(request.vllm_devices)
     gpus = tuple(device for device in devices if device.kind == "cuda")
-    trainers = _trainer_devices(gpus, request)
+    trainers = trainer_devices(gpus, request.num_trainer_processes)
     if spec.kind == "cpu" or (not gpus and spec.kind != "cuda"):
         engines = _cpu_engines(request, spec)
     else:
@@ -90,8 +90,12 @@ def _check_model_splits(request: PlacementRequest) -> None:
         )
 
 
-def _trainer_devices(gpus: tuple[Device, ...], request: PlacementRequest) -> tuple[Device, ...]:
-    count = request.num_trainer_processes
+def trainer_devices(gpus: tuple[Device, ...], count: int) -> tuple[Device, ...]:
+    """Give each of `count` trainer processes a GPU, or the CPU where there are none.
+
+    Raises:
+        PlacementError: There are fewer GPUs than processes.
+    """
     if not gpus:
         return (CPU,) * count
     if count > len(gpus):

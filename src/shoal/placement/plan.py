@@ -6,10 +6,26 @@ from collections.abc import Sequence
 
 from shoal.errors import PlacementError
 from shoal.placement.devices import Device
-from shoal.placement.divide import divide
+from shoal.placement.divide import divide, trainer_devices
 from shoal.placement.records import PlacementPlan, PlacementRequest
 from shoal.placement.suggest import suggest
 from shoal.placement.warn import plan_warnings
+from shoal.placement.wording import labels
+
+
+def place_trainers(devices: Sequence[Device], num_processes: int) -> PlacementPlan:
+    """Give trainer processes their devices, where engines are elsewhere. Pure.
+
+    Raises:
+        PlacementError: There are fewer GPUs than processes.
+    """
+    gpus = tuple(device for device in devices if device.kind == "cuda")
+    trainers = trainer_devices(gpus, num_processes)
+    idle = gpus[len(trainers) :]
+    warnings = (
+        f"{labels(idle)} will be idle: the engines are elsewhere. Launch more trainer processes to use every GPU.",
+    )
+    return PlacementPlan(trainers=trainers, engines=(), idle=idle, warnings=warnings if idle else ())
 
 
 def place(devices: Sequence[Device], request: PlacementRequest) -> PlacementPlan:

@@ -27,7 +27,9 @@ class FakeProcess:
         self.status: int | None = None
         self.num_asked = 0
         self.log_path = Path(f"{name}.{life}.log")
-        self.spec = SimpleNamespace(num_workers=1)
+        self.spec = SimpleNamespace(num_workers=1, sleeps=False)
+        self.num_workers = 1
+        self.has_plugin = True
         self.num_starts = 0
         self.may_start: Callable[[int], bool] = lambda number: True
         """Whether the engine's n-th restart succeeds."""

@@ -96,10 +96,16 @@ class Rollouts:
         engine = next(engine for engine in self.fleet.engines if engine.name == name)
         return EngineAddress(
             client=engine.client,
-            num_workers=engine.spec.num_workers,
+            num_workers=engine.num_workers,
             backend=self._backends[engine.name],
-            sleeps=engine.spec.sleeps,
+            sleeps=engine.sleeps,
+            host=engine.host,
         )
+
+    @property
+    def have_plugin(self) -> bool:
+        """Whether the engines were started with Shoal's plugin; all were, or none."""
+        return all(engine.process.has_plugin for engine in self.fleet.engines)
 
     def check_alive(self) -> None:
         """Look whether the engines that are in use still run.

@@ -18,7 +18,7 @@ from shoal.vllm_plugin.recorder import learn_plan
 from shoal.vllm_plugin.sink import ParameterSink
 from shoal.wire.agreement import ADAPTER, Agreement, Cargo, Verify, device_identity, done_key, gave_up_key
 from shoal.wire.plan import SlicePlan, metadata_from_json
-from shoal.wire.rendezvous import join_store
+from shoal.wire.rendezvous import join_store, local_address
 from shoal.wire.schedule import Message, assign, batches, messages
 from shoal.wire.transport import Backend, make_transport
 
@@ -30,7 +30,6 @@ class MeetInfo:
     Attributes:
         host: Address of the trainer's store.
         port: Its port.
-        own_host: Address of this engine's host that the trainer can reach.
         backend: What carries tensors.
         num_ranks: Trainer ranks; they come first in the group.
         num_workers: Of this engine; they follow.
@@ -41,7 +40,6 @@ class MeetInfo:
 
     host: str
     port: int
-    own_host: str
     backend: Backend
     num_ranks: int
     num_workers: int
@@ -121,7 +119,7 @@ class WeightReceiver:
             rank=info.num_ranks + self._worker,
             num_trainers=info.num_ranks,
             num_workers=info.num_workers,
-            host=info.own_host,
+            host=local_address(info.host),
             device=self._device,
             timeout_s=info.timeout_s,
         )

@@ -28,12 +28,14 @@ class EngineAddress:
         num_workers: Its tensor times pipeline parallel size.
         backend: What carries its weights.
         sleeps: Whether it sleeps between publishes.
+        host: Name or address at which this host reaches the engine.
     """
 
     client: ControlClient
     num_workers: int
     backend: Backend
     sleeps: bool = False
+    host: str = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +43,13 @@ class PublishSettings:
     """How publishes work.
 
     Attributes:
-        host: Address at which the trainer and the engines reach one another.
+        host: Address of this host at which engines reach the trainer; None for the one on the way to each engine.
         timeout_s: For each step of a publish.
         verify: Compare digests, compare bit for bit as well, or do not compare.
         batch_bytes: See `BATCH_BYTES`.
     """
 
-    host: str
+    host: str | None
     timeout_s: float
     verify: Verify = "digest"
     batch_bytes: int = BATCH_BYTES

@@ -16,7 +16,7 @@ from shoal.weights.line import LAST_WORDS_S, EngineLine
 from shoal.weights.sender import WeightSender
 from shoal.wire.agreement import Agreement, Cargo, device_identity, holdings_from_json, holdings_to_json
 from shoal.wire.plan import SlicePlan, metadata_to_json
-from shoal.wire.rendezvous import host_store, join_store
+from shoal.wire.rendezvous import Store, host_store, is_own_address, join_store, local_address
 from shoal.wire.schedule import Holdings
 
 _T = TypeVar("_T")
@@ -54,7 +54,7 @@ class Meeting:
         self._settings = settings
         self._threads = threads
         self._lines: list[EngineLine] = []
-        self._ports: list[int] = []
+        self._stores: list[tuple[str, Store]] = []  # on rank 0: for each engine, and where it is served
         self._holdings: dict[Cargo, tuple[Holdings, ...]] = {}
 
     def hold(self) -> EngineGroup:
@@ -98,30 +98,51 @@ class Meeting:
     def _make_lines(self) -> None:
         """Serve a store for each engine on rank 0, and have every rank join it."""
         settings, ranks = self._settings, self._ranks
-        stores = [host_store(settings.host, settings.timeout_s) for _ in self._engines]
-        addresses = ranks.json(
-            lambda: [
-                [engine.client.name, store.port, engine.num_workers, engine.backend]
-                for engine, store in zip(self._engines, stores, strict=True)
+
+        def serve() -> list[list[Any]]:
+            self._stores = [(host, host_store(host, settings.timeout_s)) for host in map(self._own_host, self._engines)]
+            return [
+                [engine.client.name, engine.host, host, store.port, engine.num_workers, engine.backend]
+                for engine, (host, store) in zip(self._engines, self._stores, strict=True)
             ]
-        )
-        self._ports = [int(port) for _, port, _, _ in addresses]
-        if ranks.rank != 0:
-            stores = [join_store(settings.host, port, settings.timeout_s) for port in self._ports]
-        self._lines = [
-            EngineLine(
-                name,
-                store,
-                rank=ranks.rank,
-                num_ranks=ranks.num_ranks,
-                num_workers=num_workers,
-                backend=backend,
-                host=settings.host,
-                device=self._device,
-                timeout_s=settings.timeout_s,
+
+        for name, engine_host, host, port, num_workers, backend in ranks.json(serve):
+            if ranks.rank == 0:
+                store = self._stores[len(self._lines)][1]
+            else:
+                store = join_store(host, int(port), settings.timeout_s)
+                if not is_own_address(host):
+                    host = local_address(engine_host)
+            self._lines.append(
+                EngineLine(
+                    name,
+                    store,
+                    rank=ranks.rank,
+                    num_ranks=ranks.num_ranks,
+                    num_workers=num_workers,
+                    backend=backend,
+                    host=host,
+                    device=self._device,
+                    timeout_s=settings.timeout_s,
+                )
             )
-            for (name, _, num_workers, backend), store in zip(addresses, stores, strict=True)
-        ]
+
+    def _own_host(self, engine: EngineAddress) -> str:
+        """Return the address at which an engine reaches this host.
+
+        Raises:
+            WeightSyncError: There is none, or the one that was set is another host's.
+        """
+        host = self._settings.host
+        if host is not None and not is_own_address(host):
+            raise WeightSyncError(
+                f"weight_sync_host={host!r} is no address of this host, so engines could not reach the trainer there. "
+                "Set one that `ip address` shows, or unset it."
+            )
+        try:
+            return host or local_address(engine.host)
+        except OSError as error:
+            raise WeightSyncError(f"{engine.client.name} at {engine.host} cannot be reached: {error}") from error
 
     def _introduce(self) -> list[list[Any]]:
         """Have every engine's workers make their plans; return, for each engine, what each worker says of itself."""
@@ -130,9 +151,8 @@ class Meeting:
             self._threads.submit(
                 control.call,
                 "shoal_meet",
-                host=self._settings.host,
-                port=port,
-                own_host=self._settings.host,
+                host=host,
+                port=store.port,
                 backend=engine.backend,
                 num_ranks=self._ranks.num_ranks,
                 num_workers=engine.num_workers,
@@ -140,7 +160,7 @@ class Meeting:
                 engine=engine.client.name,
                 cargoes=cargoes,
             )
-            for engine, control, port in zip(self._engines, self._controls, self._ports, strict=True)
+            for engine, control, (host, store) in zip(self._engines, self._controls, self._stores, strict=True)
         ]
         return self._all_of(meetings, "make its slice plans")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,6 +80,11 @@ def holdings_to_json(holdings: Holdings) -> dict[str, list[int]]:
 def holdings_from_json(data: Mapping[str, list[int]]) -> Holdings:
     """Parse what `holdings_to_json` wrote."""
     return {str(name): Interval(int(start), int(stop)) for name, (start, stop) in data.items()}
+
+
+def own_version() -> str:
+    """Return the version of Shoal that is installed, which both ends must have in common."""
+    return importlib.metadata.version("shoal")
 
 
 def done_key(worker: int) -> str:

@@ -58,6 +58,28 @@ Group = Any
 """A `torch.distributed.ProcessGroup`, whose Gloo and NCCL forms torch does not declare as such."""
 
 
+def local_address(peer: str) -> str:
+    """Return this host's address on the way to another: its own loopback address for a loopback peer. Sends nothing.
+
+    Raises:
+        OSError: The name is not known, or no route leads there.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+def is_own_address(host: str) -> bool:
+    """Whether this host can listen at an address."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
 def host_store(host: str, timeout_s: float) -> Store:
     """Serve a store on `host` alone, on a free port.
 
