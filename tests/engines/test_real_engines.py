@@ -249,7 +249,8 @@ def test_our_own_route_writes_what_vllms_route_writes_token_for_token(trainers: 
         np.testing.assert_allclose(mine.rollout_logprobs, theirs.rollout_logprobs, atol=1e-4)
         assert mine.finish_reason == theirs.finish_reason
     assert {rollout.finish_reason for rollout in ours} == {"stop", "length"}
-    assert len({str(rollout.token_ids) for rollout in ours}) > 12  # a mix-up would show
+    # Dummy weights are nearly uniform: a seed decides, whatever the prompt. A mix-up of seeds would show.
+    assert len({str(rollout.token_ids) for rollout in ours}) > 8
 
 
 def test_a_real_engine_hands_over_what_it_has_and_frees_the_slots_of_those_who_leave(
