@@ -272,7 +272,17 @@ OTHER_MODEL = json.dumps(
         "flush_tokens": 0,
         "prompts": [[5]],
         "samples": [
-            {"prompt": 0, "name": "a", "seed": 1, "temperature": 1.0, "max_tokens": 3, "stop_token_ids": []},
+            {
+                "prompt": 0,
+                "name": "a",
+                "seed": 1,
+                "temperature": 1.0,
+                "top_k": 0,
+                "top_p": 1.0,
+                "min_p": 0.0,
+                "max_tokens": 3,
+                "stop_token_ids": [],
+            },
         ],
     }
 ).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_no_bytes_make_the_reader_raise_anything_else_or_return_what_was_not_ask
     assert len(reader._buffer) <= 16 + 4096 + 400  # it never waits for more than a frame may have
 
 
-SAMPLING = SamplingSettings(temperature=0.5, max_tokens=9, stop_token_ids=(2, 3))
+SAMPLING = SamplingSettings(temperature=0.5, max_tokens=9, stop_token_ids=(2, 3), top_k=7, top_p=0.9, min_p=0.1)
 
 
 def request(prompt: tuple[int, ...], name: str, seed: int = 3) -> RolloutRequest:
@@ -115,7 +116,16 @@ def test_an_order_says_what_the_requests_say_and_each_prompt_once() -> None:
     assert [(s.prompt_token_ids, s.name, s.seed) for s in order.samples] == [
         ([5, 6], "a", 3), ([7], "b", 4), ([5, 6], "c", 5)
     ]  # fmt: skip
-    assert order.samples[0].sampling == {"temperature": 0.5, "max_tokens": 9, "stop_token_ids": [2, 3]}
+    assert order.samples[0].sampling == {
+        "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "max_tokens": 9, "stop_token_ids": [2, 3],
+        "ignore_eos": False,
+    }  # fmt: skip
+
+
+def test_a_completion_that_nothing_ends_goes_on_past_the_tokenizers_own_end() -> None:
+    wanted = replace(request((5,), "a"), sampling=replace(SAMPLING, stop_token_ids=()))
+    (sample,) = parse_order(order_body([wanted], model="m", salt="", flush_tokens=0)).samples
+    assert sample.sampling["ignore_eos"] is True
 
 
 def order(**changes: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from shoal.bench.settings import engine_specs
 from shoal.bench.throughput_settings import ThroughputSettings, draw_groups
 from shoal.engines.client import EngineClient
 from shoal.engines.fleet import Fleet, ManagedEngine
+from shoal.engines.process import EngineProcess
 from shoal.observe.summary import versions
 from shoal.placement.devices import Device
 from shoal.rollout.dispatch import DispatchSettings
@@ -165,7 +166,9 @@ class Writer:
         return Go(num_tokens=sum(lengths), seconds=seconds, client_s=own, engines=self._cpu() - before)
 
     def _cpu(self) -> EngineCpu:
-        return sum((engine_cpu(engine.process.pid) for engine in self._engines), EngineCpu(front_end=0.0, core=0.0))
+        # All were started on this host.
+        pids = [engine.process.pid for engine in self._engines if isinstance(engine.process, EngineProcess)]
+        return sum(map(engine_cpu, pids), EngineCpu(front_end=0.0, core=0.0))
 
 
 def stock_client(engine: ManagedEngine, api_key: str) -> EngineClient:
