@@ -20,6 +20,7 @@ from shoal.testing.ranks import ThreadRanks, on_ranks
 from shoal.testing.trainer import ReferenceTrainer
 from shoal.trainer.engine_side import EngineSide
 from shoal.trainer.factory import draw_blueprint
+from shoal.trainer.rollouts import RollCall
 from shoal.trainer.shared_devices import SharedDevice, check_sharing, sleeps
 from shoal.types import PublishReport
 from shoal.weights.sleep import SleepReport
@@ -103,7 +104,9 @@ class Engines:
         self.events: list[str] = []
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        def note(*arguments: Any) -> Any:
+        def note(*arguments: Any, **_: Any) -> Any:
+            if name == "roll_call":
+                return RollCall(gone=(), back=(), is_one_there=True)
             self.events.append(name)
             if name == "publish":
                 return PublishReport(

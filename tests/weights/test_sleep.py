@@ -16,7 +16,8 @@ import torch
 
 from shoal.engines.client import EngineClient
 from shoal.engines.fleet import Fleet, ManagedEngine
-from shoal.errors import EngineFaultError, WeightSyncError
+from shoal.engines.restarts import RestartSettings
+from shoal.errors import EngineFaultError, NoEngineError, WeightSyncError
 from shoal.observe.ledger import TimeLedger
 from shoal.protocols import WeightSource
 from shoal.rollout.collector import GroupRequest
@@ -53,7 +54,8 @@ class Process:
     def __init__(self, engine: SleepingEngine, sleeps: bool) -> None:
         self._engine = engine
         self.is_ended = False
-        self.spec = SimpleNamespace(num_workers=len(engine.workers), sleeps=sleeps)
+        self.spec = SimpleNamespace(sleeps=sleeps)
+        self.num_workers = len(engine.workers)
 
     def exit_status(self) -> int | None:
         return None
@@ -166,7 +168,11 @@ class Site:
             Fleet(managed),
             decode=lambda prompt, rollouts: ("",) * len(rollouts),
             score=score,
-            settings=RolloutSettings(backends=("gloo",) * len(managed), pool=pool),
+            settings=RolloutSettings(
+                backends=("gloo",) * len(managed),
+                pool=pool,
+                restarts=RestartSettings(max_in_a_row=0, timeout_s=1.0),
+            ),
         )
 
     def _make_publisher(self, sources: Any, rollouts: Rollouts | None) -> WeightPublisher:
