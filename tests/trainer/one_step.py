@@ -169,7 +169,6 @@ class OneStepTrainer(ReferenceTrainer):
     """Keeps the groups it trained on and counts micro-batches; `broken` spoils the loss."""
 
     broken: str | None = None
-    has_dropped = False
     fsdp2: dict[str, Any] | None = None
     written: dict[Any, tuple[ScoredGroup, ...]]
 
@@ -207,8 +206,8 @@ class OneStepTrainer(ReferenceTrainer):
         if self.broken == "micro_batch_mean":
             counts = (inputs.loss_weights != 0).float()
             inputs = replace(inputs, loss_weights=counts / counts.sum().clamp(min=1))
-        if self.broken == "drops_one" and self.args.process_index == 0 and not self.has_dropped:
-            self.has_dropped = bool(inputs.loss_weights.any())  # a filler has nothing to lose
+        # Not the first: it is a completion that the correction for the engine's logprobs has masked.
+        if self.broken == "drops_one" and self.args.process_index == 0 and len(self.micro_batches) == 2:
             inputs = replace(inputs, loss_weights=torch.zeros_like(inputs.loss_weights))
         loss = super().compute_loss(model, inputs, *args, **keywords)
         return loss / self.args.world_size if self.broken == "rank_mean" else loss

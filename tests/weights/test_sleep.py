@@ -373,6 +373,6 @@ def test_the_stand_in_dies_of_weights_that_it_has_no_memory_for(site_of: Make) -
     site = site_of([False])
     site.write(0)
     site.engines[0].post("/sleep?level=2", None, 1.0)  # the publisher wakes none that is not to sleep
-    with pytest.raises((WeightSyncError, EngineFaultError)):
+    with pytest.raises(NoEngineError, match="not mapped"):
         site.side.publish(1)
     assert site.engines[0].is_dead
