@@ -17,7 +17,7 @@ import torch
 from shoal.engines.client import EngineClient
 from shoal.engines.fleet import Fleet, ManagedEngine
 from shoal.engines.restarts import RestartSettings
-from shoal.errors import EngineFaultError, NoEngineError, WeightSyncError
+from shoal.errors import NoEngineError, WeightSyncError
 from shoal.observe.ledger import TimeLedger
 from shoal.protocols import WeightSource
 from shoal.rollout.collector import GroupRequest
