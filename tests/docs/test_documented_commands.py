@@ -65,7 +65,7 @@ def test_the_readmes_example_builds_a_trainer(tmp_path: Path) -> None:
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 def test_the_tutorial_trains_and_reports(tmp_path: Path) -> None:
-    (script,) = _python_blocks(ROOT / "docs" / "tutorial.md", ROOT / "docs" / "sharding.md")
+    (script,) = _python_blocks(ROOT / "docs" / "tutorial.md")
     (tmp_path / "train.py").write_text(script)
     for command in ([sys.executable, "train.py"], [BIN / "shoal", "report", "runs/tutorial"]):
         done = subprocess.run(command, capture_output=True, text=True, timeout=800, cwd=tmp_path)

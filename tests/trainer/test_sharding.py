@@ -124,7 +124,7 @@ def test_a_model_is_saved_whole_and_checkpoints_stay_in_parts() -> None:
 
 def test_evaluating_a_model_that_is_still_to_be_divided_is_refused(make_trainer: Any) -> None:
     trainer = make_trainer(eval_dataset=Dataset.from_list([{"prompt": "a"}]))
-    trainer._max_tokens = None  # as accelerate's FSDP leaves it until training begins
+    trainer._limit.tokens = None  # as accelerate's FSDP leaves it until training begins
     with pytest.raises(ConfigError, match="has no divided model to publish from"):
         trainer.evaluate()
 

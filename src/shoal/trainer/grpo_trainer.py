@@ -31,7 +31,6 @@ from shoal.engines.fleet import StartProgress
 from shoal.errors import ConfigError, NoEngineError
 from shoal.observe.ledger import TimeLedger
 from shoal.rollout.collector import GroupRequest
-from shoal.trainer.attention import takes_boundaries
 from shoal.trainer.checkpoints import is_complete, last_complete_checkpoint
 from shoal.trainer.checks import check_disk, longest_prompt
 from shoal.trainer.engine_side import EngineSide, Sources
@@ -44,7 +43,6 @@ from shoal.trainer.factory import (
     start_rollouts,
     write_engine_adapter,
 )
-from shoal.trainer.forward import packs_exactly
 from shoal.trainer.groups import num_tokens, training_sequences
 from shoal.trainer.judge import Judge
 from shoal.trainer.model import (
@@ -57,6 +55,7 @@ from shoal.trainer.model import (
     read_config,
     stop_token_ids,
 )
+from shoal.trainer.packing_limit import PackingLimit
 from shoal.trainer.policy_logprobs import PolicyLogprobs
 from shoal.trainer.progress import print_start_progress
 from shoal.trainer.record import RunRecord
@@ -80,7 +79,6 @@ from shoal.trainer.step import (
     truncation,
 )
 from shoal.trainer.step_log import StepLog
-from shoal.trainer.token_budget import bytes_to_come, free_gpu_bytes, pass_shape, tokens_that_fit
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
 from shoal.types import Sequence as TrainingSequence
 from shoal.weights.publisher import WeightPublisher
@@ -203,11 +201,9 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         check_precision(self.accelerator, args)
         if self._reference is not None:
             self._reference.shard(self.accelerator)
-        self._measures_memory = args.max_tokens_per_micro_batch is None and args.device.type == "cuda"
-        self._max_tokens: int | None = None  # found in the first step: a divided model is tried by all ranks together
+        self._limit = PackingLimit(args, self._exchange)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(policy)):
-            with self.accelerator.autocast():  # some attention works in 16 bits only
-                self._max_tokens = self._token_budget(self._exchange.json(lambda: packs_exactly(policy)))
+            self._limit.find(policy, self.accelerator, longest=self._max_sequence())
         self.add_callback(_StepEnd(self))
 
     # ---- what transformers calls ----
@@ -246,8 +242,9 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         ticks = list(itertools.islice(epoch_iterator, num_batches))
         if not ticks:
             return [], None
-        if self._max_tokens is None:
-            self._max_tokens = self._token_budget(self._packs_in_parts())
+        unwrapped, longest = self.accelerator.unwrap_model(self.model), self._max_sequence()
+        if self._limit.tokens is None:  # only now is the model divided
+            self._limit.find(unwrapped, self.accelerator, longest=longest, wrapped=self.model_wrapped)
         report = self._engines.refresh(self.state.global_step, always=False)
         if report is not None and self._engines.sleeps:
             self._step_log.add({"seconds/publish": report.seconds})
@@ -255,14 +252,14 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._engines.rest()
         self._step_is_empty = not any(sequence.in_loss for sequence in sequences)
         self._train_began = time.monotonic()
-        if self._measures_memory:
-            self._max_tokens, self._measures_memory = self._fitting_tokens(), False
+        self._limit.measure(unwrapped, self.optimizer, longest=longest, is_fused=self._logprobs.is_fused)
+        assert self._limit.tokens is not None, "found above, or in the constructor"
         micro_batches = micro_batches_of_rank(
             sequences,
             loss_type=self.args.loss_type,
             rank=self.args.process_index,
             num_ranks=self.args.world_size,
-            max_tokens=self._max_tokens,
+            max_tokens=self._limit.tokens,
             skip_zero_advantages=skips_zero_advantages(self.args),
         )
         return spread(micro_batches, len(ticks)), None
@@ -338,7 +335,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             source = _prompt_source(eval_dataset, self.processing_class, self._max_prompt_tokens(), self.args)
         if source is None:
             raise ConfigError("evaluate() needs an eval_dataset. Pass one, here or to GRPOTrainer.")
-        if self._max_tokens is None and not self.is_in_train:
+        if self._limit.tokens is None and not self.is_in_train:
             raise ConfigError(
                 "evaluate() before train() has no divided model to publish from: accelerate divides it when training "
                 "begins. Set eval_on_start=True, or evaluate in one process."
@@ -546,41 +543,6 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self, prompt: Prompt, rollouts: tuple[Rollout, ...], completions: tuple[CompletionLike, ...]
     ) -> ScoredGroup:
         return await self._judge.score(prompt, rollouts, completions, self.state)
-
-    def _packs_in_parts(self) -> bool:
-        """Whether packed sequences are kept apart by a model that ranks hold in parts. All ranks call it."""
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast():  # some attention works in 16 bits only
-            packs = packs_exactly(unwrapped, wrapped=self.model_wrapped, device=self.args.device)
-        return bool(self._exchange.json(lambda: packs))
-
-    def _token_budget(self, packs: bool) -> int:
-        """Return how many tokens a micro-batch may have; 1 leaves one sequence in each."""
-        if packs:
-            given = self.args.max_tokens_per_micro_batch
-            return int(given or self.args.per_device_train_batch_size * self._max_sequence())
-        logger.warning(
-            "%s lets packed sequences see one another, so each sequence gets a forward pass of its own. "
-            "That is right but slow.",
-            type(self.accelerator.unwrap_model(self.model)).__name__,
-        )
-        self._measures_memory = False
-        return 1
-
-    def _fitting_tokens(self) -> int:
-        """Find the largest token budget that fits every rank's GPU. A collective."""
-        model = self.accelerator.unwrap_model(self.model)
-        shape = pass_shape(
-            model.config,
-            element_bytes=2 if self.args.bf16 or self.args.fp16 else next(model.parameters()).element_size(),
-            checkpointing=self.args.gradient_checkpointing,
-            fused=self._logprobs.is_fused,
-            has_boundaries=takes_boundaries(model),
-        )
-        free = free_gpu_bytes(self.args.device) - bytes_to_come(model, self.optimizer)
-        tokens = max(int(min(self._exchange.gather_json(tokens_that_fit(shape, free)))), self._max_sequence())
-        logger.info("max_tokens_per_micro_batch=%d, from the memory that is free", tokens)
-        return tokens
 
     def _max_prompt_tokens(self) -> int:
         return self._max_sequence() - int(self.args.max_completion_length)
