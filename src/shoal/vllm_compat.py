@@ -193,6 +193,23 @@ def describe(engine: Any) -> dict[str, Any]:
     }
 
 
+def check_nothing_derived(model: nn.Module) -> None:
+    """Refuse a model of which vLLM keeps matrices that it has computed from the loaded weights.
+
+    A publish fills parameters. Multi-head latent attention (DeepSeek-V2 and V3) computes two matrices more from
+    `kv_b_proj` once a checkpoint is loaded, and those would stay what they were while every digest is right.
+
+    Raises:
+        RuntimeError: Naming the first such layer.
+    """
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "MLAAttention" for kind in type(module).__mro__):
+            raise RuntimeError(
+                f"{name} is multi-head latent attention, of which vLLM keeps matrices computed from kv_b_proj: a "
+                "publish would not reach them. Models with MLA cannot be published to yet; choose another model."
+            )
+
+
 def worker_model(worker: Any) -> nn.Module:
     """Return the part of the model that a vLLM worker holds."""
     model = worker.model_runner.get_model()

@@ -31,8 +31,10 @@ class ShoalWorker:
 
         def meet() -> Any:
             self._shoal_leave()
+            model = vllm_compat.worker_model(self)
+            vllm_compat.check_nothing_derived(model)
             self._shoal_receiver = WeightReceiver(
-                vllm_compat.worker_model(self),
+                model,
                 device=vllm_compat.worker_device(self),
                 worker=vllm_compat.worker_number(self),
                 info=MeetInfo(**info),
