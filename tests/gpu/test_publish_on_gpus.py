@@ -15,7 +15,6 @@ import torch
 from shoal.engines.command import LOOPBACK, EngineSpec
 from shoal.engines.fleet import Fleet
 from shoal.engines.process import choose_ports
-from shoal.testing import tiny_model, tiny_tokenizer
 from shoal.trainer.exchange import Exchange
 from shoal.types import Rollout, RolloutRequest, SamplingSettings
 from shoal.weights.group import EngineAddress, PublishSettings
@@ -28,24 +27,6 @@ PROMPT = tuple(range(10, 60))
 TIMEOUT_S = 120.0
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_GPUS == 0, reason="no NVIDIA GPU on this machine")]
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A small model on the first GPU, and the folder that an engine reads."""
-    model = tiny_model(
-        dtype=torch.bfloat16,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        initializer_range=0.05,
-    ).to("cuda:0")
-    folder = tmp_path_factory.mktemp("model")
-    model.config.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return model.eval(), folder
 
 
 @pytest.mark.parametrize("verify", ["digest", "full"])
