@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from shoal.testing import tiny_model
-from shoal.trainer import grpo_trainer
+from shoal.trainer import packing_limit
+from shoal.trainer.exchange import Exchange
+from shoal.trainer.packing_limit import PackingLimit
 from shoal.trainer.token_budget import PassShape, bytes_to_come, pass_shape, tokens_that_fit
 
 GIB = 1 << 30
@@ -82,12 +84,20 @@ def test_gradients_and_moments_that_are_not_there_yet_are_to_come() -> None:
     assert bytes_to_come(model, torch.optim.AdamW([torch.zeros(1)])) == 0
 
 
-def test_a_trainer_takes_what_fits_and_at_least_the_longest_sequence(
-    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = make_trainer()
+def test_the_limit_is_what_fits_and_at_least_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    args: Any = SimpleNamespace(
+        max_tokens_per_micro_batch=None,
+        device=torch.device("cuda", 0),
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+    )
     found = {}
     for free in (0, 8 * GIB):
-        monkeypatch.setattr(grpo_trainer, "free_gpu_bytes", lambda device, free=free: free)
-        found[free] = trainer._fitting_tokens()
-    assert found[0] == trainer._max_sequence() < 1000 < found[8 * GIB]
+        monkeypatch.setattr(packing_limit, "free_gpu_bytes", lambda device, free=free: free)
+        limit = PackingLimit(args, Exchange(rank=0, world_size=1, device=torch.device("cpu")))
+        limit.measure(model, torch.optim.AdamW(model.parameters()), longest=300, is_fused=True)
+        found[free] = limit.tokens
+    assert found[0] == 300
+    assert found[8 * GIB] is not None and found[8 * GIB] > 1000
