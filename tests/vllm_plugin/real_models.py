@@ -75,12 +75,13 @@ def apply_checkpoint(model: nn.Module, plan: Any, tensors: Mapping[str, torch.Te
     sink = ParameterSink(model, plan, torch.device("cpu"))
     sink.begin()
     try:
-        for part in (part for parts in batches(metas, BATCH_BYTES) for part in parts):
-            for message in messages(plan, ownership, part):
+        for number, part in enumerate(part for parts in batches(metas, BATCH_BYTES) for part in parts):
+            arrived = list(messages(plan, ownership, part))
+            for message in arrived:
                 room = sink.room(message)
                 room.copy_(message.source.view(tensors[part.name].contiguous()))
                 sink.place(message, room)
-                sink.settle(message)
+            sink.settle(number, arrived)
         sink.finish()
     finally:
         sink.close()

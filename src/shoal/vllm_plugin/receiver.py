@@ -180,8 +180,7 @@ class WeightReceiver:
                     sink.place(message, room)
             if sends_back:
                 transport.send([Parcel(sink.held(message), message.rank) for message in batch]).wait()
-            for message in batch:
-                sink.settle(message)
+            sink.settle(number, batch)
 
         for number, batch in enumerate(intake.batches):
             rooms = intake.rooms.get(number)
