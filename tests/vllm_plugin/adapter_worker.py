@@ -49,16 +49,14 @@ class AdapterWorker:
         sink = ParameterSink(self._shoal_model(), plan, torch.device("cpu"), resolve)
         sink.begin()
         try:
-            for number, part in enumerate(chain.from_iterable(batches(self.shoal_metas, max_bytes=BATCH_BYTES))):
-                arrived = []
+            for part in chain.from_iterable(batches(self.shoal_metas, max_bytes=BATCH_BYTES)):
                 for message in messages(plan, ownership, part):
                     if skip and skip in part.name:
                         continue
                     room = sink.room(message)
                     room.copy_(message.source.view(tensors[part.name]))
                     sink.place(message, room)
-                    arrived.append(message)
-                sink.settle(number, arrived)
+                    sink.settle(message)
             if not skip:
                 sink.finish()
         finally:

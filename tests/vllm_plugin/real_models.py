@@ -75,13 +75,12 @@ def apply_checkpoint(model: nn.Module, plan: Any, tensors: Mapping[str, torch.Te
     sink = ParameterSink(model, plan, torch.device("cpu"))
     sink.begin()
     try:
-        for number, part in enumerate(part for parts in batches(metas, BATCH_BYTES) for part in parts):
-            arrived = list(messages(plan, ownership, part))
-            for message in arrived:
+        for part in (part for parts in batches(metas, BATCH_BYTES) for part in parts):
+            for message in messages(plan, ownership, part):
                 room = sink.room(message)
                 room.copy_(message.source.view(tensors[part.name].contiguous()))
                 sink.place(message, room)
-            sink.settle(number, arrived)
+                sink.settle(message)
         sink.finish()
     finally:
         sink.close()

@@ -200,12 +200,11 @@ def breaks(worker: LoopbackWorker, target: str, monkeypatch: pytest.MonkeyPatch,
     sink = sink_of(worker)
     method = getattr(sink, before)
 
-    def flip_first(*arguments: Any) -> Any:
-        for message in arguments[-1] if before == "settle" else arguments:
-            piece = sink._plan.slices[message.slice_index]
-            if (piece.target, piece.target_region.offset, message.start) == (target, 0, 0):
-                worker.model.get_parameter(target).data.view(torch.uint8).view(-1)[0] ^= 1
-        return method(*arguments)
+    def flip_first(message: Any) -> Any:
+        piece = sink._plan.slices[message.slice_index]
+        if (piece.target, piece.target_region.offset, message.start) == (target, 0, 0):
+            worker.model.get_parameter(target).data.view(torch.uint8).view(-1)[0] ^= 1
+        return method(message)
 
     monkeypatch.setattr(sink, before, flip_first)
 
@@ -407,7 +406,7 @@ def test_a_worker_that_fails_in_the_middle_is_named_with_its_reason(
 ) -> None:
     site = connected(num_ranks=2, is_sharded=True)
 
-    def fail(number: int, batch: Any) -> None:
+    def fail(message: Any) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(sink_of(site.engines[1].workers[worker]), "settle", fail)
@@ -536,10 +535,9 @@ def test_an_engine_that_comes_back_with_other_values_fails_its_proof_and_is_not_
     engine = LoopbackEngine("engine-0", [Shard()])
     settle = ParameterSink.settle
 
-    def settle_wrongly(sink: ParameterSink, number: int, batch: Any) -> Any:
-        if "down.weight" in {sink._plan.slices[message.slice_index].target for message in batch}:
-            engine.workers[0].model.get_parameter("down.weight").data.view(torch.uint8).view(-1)[0] ^= 1
-        return settle(sink, number, batch)
+    def settle_wrongly(sink: ParameterSink, message: Any) -> Any:
+        engine.workers[0].model.get_parameter("down.weight").data.view(torch.uint8).view(-1)[0] ^= 1
+        return settle(sink, message)
 
     with monkeypatch.context() as patch:
         patch.setattr(ParameterSink, "settle", settle_wrongly)

@@ -180,7 +180,8 @@ class WeightReceiver:
                     sink.place(message, room)
             if sends_back:
                 transport.send([Parcel(sink.held(message), message.rank) for message in batch]).wait()
-            sink.settle(number, batch)
+            for message in batch:
+                sink.settle(message)
 
         for number, batch in enumerate(intake.batches):
             rooms = intake.rooms.get(number)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from shoal import vllm_compat
-from shoal.wire.digest import DigestPlan, Run, unsigned
-from shoal.wire.plan import Fill, Slice, SlicePlan, dtype_name
+from shoal.wire.digest import DigestPlan, Run, digests, unsigned
+from shoal.wire.plan import SlicePlan, dtype_name
 from shoal.wire.schedule import Message
 
 
@@ -31,13 +30,11 @@ class _Layer:
 class ParameterSink:
     """Takes pieces of slices in any order. Of a layer that must be held twice, only those under way are.
 
-    A layer that keeps its layout is written where it lies, and digested there: what nothing else of the plan writes to
-    as soon as it has arrived, while the next batch is on its way, and the rest at the end. A layer whose layout vLLM
-    changes gets fresh parameters, is digested once they are complete, and is then processed by vLLM into its former
-    storage: what its kernels hold afterwards cannot be read back (on CPUs the weight is packed and dropped).
+    A layer that keeps its layout is written where it lies and digested at the end. A layer whose layout vLLM changes
+    gets fresh parameters, is digested once they are complete, and is then processed by vLLM into its former storage:
+    what its kernels hold afterwards cannot be read back (on CPUs the weight is packed and dropped).
 
-    For each publish: `begin`; for each piece `room`, then `place` once it is there; for each batch of pieces that were
-    placed, `settle`; `finish`. `close` in `finally`.
+    For each publish: `begin`; for each piece `room`, then `place` once it is there; `finish`. `close` in `finally`.
 
     Args:
         model: The worker's.
@@ -60,10 +57,8 @@ class ParameterSink:
         self._layers = _group_by_layer(model, plan)
         self._tied = _tied_copies(model, self._layers)
         self._digests = torch.zeros(len(plan.slices), dtype=torch.int64, device=device)
-        self._early = self._written_once()
         # What lies in place lies still: its digests are planned once.
-        self._of_batches: dict[int, DigestPlan] = {}
-        self._of_rest: DigestPlan | None = None
+        self._in_place: DigestPlan | None = None
         self._wants_digests = True
 
     def begin(self, *, with_digests: bool = True) -> None:
@@ -107,27 +102,12 @@ class ParameterSink:
         return message.target.view(self._resolve(self._plan.slices[message.slice_index].target)).contiguous()
 
     @torch.no_grad()
-    def settle(self, number: int, batch: Sequence[Message]) -> None:
-        """Count and digest pieces that were placed; a reloaded layer that is complete is digested and processed.
-
-        Args:
-            number: Of the batch, which has the same pieces in every publish.
-            batch: Its pieces.
-        """
-        if self._wants_digests:
-            if number not in self._of_batches:
-                self._of_batches[number] = self._digests_of(
-                    Run(message.target.view(self._resolve(piece.target)), message.start, message.slice_index)
-                    for message in batch
-                    if message.slice_index in self._early
-                    for piece in [self._plan.slices[message.slice_index]]
-                )
-            self._of_batches[number].add_to(self._digests)
-        for message in batch:
-            layer = self._layer(self._plan.slices[message.slice_index].target)
-            layer.num_missing -= message.source.num_elements
-            if layer.num_missing == 0:
-                self._complete(layer)
+    def settle(self, message: Message) -> None:
+        """Count a piece that was placed; a reloaded layer that is complete is digested and processed."""
+        layer = self._layer(self._plan.slices[message.slice_index].target)
+        layer.num_missing -= message.source.num_elements
+        if layer.num_missing == 0:
+            self._complete(layer)
 
     @torch.no_grad()
     def finish(self) -> list[int]:
@@ -143,10 +123,10 @@ class ParameterSink:
                 self._open(layer)
                 self._complete(layer)
         if self._wants_digests:
-            if self._of_rest is None:
+            if self._in_place is None:
                 layers = [layer for layer in self._layers.values() if not layer.is_reloaded]
-                self._of_rest = self._digests_of(run for run in self._runs(layers) if run.slot not in self._early)
-            self._of_rest.add_to(self._digests)
+                self._in_place = DigestPlan(self._runs(layers), len(self._plan.slices), self._device)
+            self._digests += self._in_place.compute()
         for module in self._tied:
             vllm_compat.process_again(module)
         return unsigned(self._digests)
@@ -170,32 +150,9 @@ class ParameterSink:
             fill.target_region.view(self._resolve(fill.target)).fill_(fill.value)
         if layer.is_reloaded:
             if self._wants_digests:
-                self._digests_of(self._runs([layer])).add_to(self._digests)
+                self._digests += digests(self._runs([layer]), len(self._plan.slices), self._device)
             vllm_compat.process_and_close(layer.module)
             layer.is_open = False
-
-    def _written_once(self) -> frozenset[int]:
-        """List the slices whose places nothing else is written to: their values stay what they are on arrival."""
-        spans: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
-        pieces: list[Slice | Fill] = [*self._plan.slices, *self._plan.fills]
-        for index, piece in enumerate(pieces):
-            region = piece.target_region
-            if region.num_elements:
-                spans[piece.target].append((region.offset, region.last, index))
-        alone = set()
-        for target, of_target in spans.items():
-            of_target.sort()
-            reached = -1
-            for place, (first, last, index) in enumerate(of_target):
-                is_followed = place + 1 < len(of_target) and of_target[place + 1][0] <= last
-                is_slice = index < len(self._plan.slices)
-                if is_slice and not self._layer(target).is_reloaded and first > reached and not is_followed:
-                    alone.add(index)
-                reached = max(reached, last)
-        return frozenset(alone)
-
-    def _digests_of(self, runs: Iterable[Run]) -> DigestPlan:
-        return DigestPlan(tuple(runs), len(self._plan.slices), self._device)
 
     def _runs(self, layers: Iterable[_Layer]) -> list[Run]:
         return [

@@ -221,7 +221,7 @@ class _Sending:
             if self._verify != "off":
                 if batch.digests is None:
                     batch.digests = RepeatedDigests(len(sender.pieces), sender._device)
-                batch.digests.add_to(shares, [Run(tensors[load], start, slot) for load, start, slot in batch.runs])
+                shares += batch.digests.compute([Run(tensors[load], start, slot) for load, start, slot in batch.runs])
             if before is not None:
                 self._settle(*before)
             before = (batch, tensors, pending)

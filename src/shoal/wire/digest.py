@@ -100,19 +100,15 @@ class DigestPlan:
     def compute(self) -> torch.Tensor:
         """Return `[num_slots]` int64 digests of the runs' present values, as `digests` does."""
         out = torch.zeros(self._num_slots, dtype=torch.int64, device=self._device)
-        self.add_to(out)
-        return out
-
-    def add_to(self, out: torch.Tensor) -> None:
-        """Add the digests of the runs' present values to `out`, `[num_slots]` int64 on the plan's device."""
         if self._kernels is None:
             for run in self._runs:
                 out[run.slot] += _share(_bits(run.values), run.start)
-            return
+            return out
         for copy, values in self._copies:
             copy.copy_(values)
         for kernel in self._kernels:
             kernel.add_to(out)
+        return out
 
     def _check(self, index: int, run: Run) -> None:
         values = run.values
@@ -152,19 +148,19 @@ class RepeatedDigests:
         self._addresses: tuple[tuple[int, int, int, int], ...] = ()
         self._kernels: list[KernelPlan] | None = None
 
-    def add_to(self, out: torch.Tensor, runs: Sequence[Run]) -> None:
-        """Add the runs' digests to `out`, `[num_slots]` int64 on the device."""
+    def compute(self, runs: Sequence[Run]) -> torch.Tensor:
+        """Return `[num_slots]` int64 digests, as `digests` does."""
         if self._device.type != "cuda" or not all(run.values.is_contiguous() for run in runs):
-            DigestPlan(runs, self._num_slots, self._device).add_to(out)
-            return
+            return digests(runs, self._num_slots, self._device)
         addresses = tuple((run.values.data_ptr(), run.values.nbytes, run.start, run.slot) for run in runs)
         if self._kernels is None or addresses != self._addresses:
-            self._addresses, self._kernels = addresses, DigestPlan(runs, self._num_slots, self._device)._kernels
-        if self._kernels is None:  # without Triton
-            DigestPlan(runs, self._num_slots, self._device).add_to(out)
-            return
+            plan = DigestPlan(runs, self._num_slots, self._device)
+            self._addresses, self._kernels = addresses, plan._kernels
+            return plan.compute()
+        out = torch.zeros(self._num_slots, dtype=torch.int64, device=self._device)
         for kernel in self._kernels:
             kernel.add_to(out)
+        return out
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -39,11 +39,6 @@ class Region:
         """Number of elements of the view."""
         return math.prod(self.shape)
 
-    @property
-    def last(self) -> int:
-        """Number of the element that lies furthest, of a region that has any."""
-        return self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-
     def view(self, tensor: torch.Tensor, *, first: int = 0) -> torch.Tensor:
         """Return this region of `tensor`, which may itself lie anywhere in its storage.
 

@@ -142,9 +142,10 @@ def run_within(region: Region, interval: Interval, name: str) -> Interval:
         return Interval(0, 0)
     if region.is_ordered:
         return Interval(region.num_below(interval.start), region.num_below(interval.stop))
-    if region.last < interval.start or region.offset >= interval.stop:
+    last = region.offset + sum((size - 1) * stride for size, stride in zip(region.shape, region.strides, strict=True))
+    if last < interval.start or region.offset >= interval.stop:
         return Interval(0, 0)
-    if interval.start <= region.offset and region.last < interval.stop:
+    if interval.start <= region.offset and last < interval.stop:
         return Interval(0, region.num_elements)
     raise ScheduleError(
         f"the engine's loader reorders {name}, which is cut into elements {interval.start} to {interval.stop}: it can "
