@@ -26,7 +26,7 @@ from shoal.bench.engine_cpu import engine_cpu
 from shoal.bench.in_process import measure_in_process
 from shoal.bench.model import write_engine_folder
 from shoal.bench.settings import engine_specs
-from shoal.bench.throughput import Figures, Go, Writer, stock_client
+from shoal.bench.throughput import Figures, Go, Writer, new_client
 from shoal.bench.throughput_settings import ThroughputSettings, check_throughput, draw_groups
 from shoal.engines.client import EngineClient
 from shoal.engines.command import SERVED_MODEL_NAME
@@ -87,19 +87,13 @@ def _measure(fleet: Fleet, settings: ThroughputSettings, servers: int, rows: dic
     def pooled(client: EngineClient) -> Callable[[int], list[Go]]:
         return Writer([engine], [client], settings).write
 
-    run("/v1/completions", pooled(stock_client(engine, fleet.api_key)))
+    run("/v1/completions", pooled(new_client(engine, fleet.api_key, has_plugin=False)))
     if servers == 1:
         run(f"/v1/completions, n={settings.num_generations}", _ByPrompt(engine, fleet.api_key, settings).write)
         for flush_tokens in (0, 256, 16):
-            run(f"ours, every {flush_tokens or 'all'} tokens", pooled(_ours(engine, fleet.api_key, flush_tokens)))
+            client = new_client(engine, fleet.api_key, has_plugin=True, flush_tokens=flush_tokens)
+            run(f"ours, every {flush_tokens or 'all'} tokens", pooled(client))
     run("ours", pooled(engine.client))
-
-
-def _ours(engine: ManagedEngine, api_key: str, flush_tokens: int) -> EngineClient:
-    return EngineClient(
-        name=engine.name, url=engine.client.url, api_key=api_key, log_path=None, request_timeout_s=TIMEOUT_S,
-        has_plugin=True, flush_tokens=flush_tokens,
-    )  # fmt: skip
 
 
 class _ByPrompt:

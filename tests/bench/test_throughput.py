@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shoal.bench.engine_cpu import EngineCpu, engine_cpu
-from shoal.bench.shapes import SHAPES
+from shoal.bench.shapes import SHAPES, shape_name
 from shoal.bench.throughput import Figures, Go
 from shoal.bench.throughput_settings import ThroughputSettings, check_throughput, draw_groups
 from shoal.cli.main import main
@@ -90,18 +90,25 @@ def test_settings_survive_the_way_to_another_process() -> None:
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [("", "--device"), ("--device cpu --model-shape 3b", "3b"), ("--device cpu --group 3", "whole prompts of 3")],
+    [("", "--device"), ("--device cpu --group 3", "whole prompts of 3")],
 )
 def test_the_command_says_what_is_missing(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "rollouts", *words.split()]) != 0
     assert says in capsys.readouterr().err
 
 
+def test_shapes_have_short_names_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [shape_name(text) for text in ("tiny", "8b", "qwen3-8b")] == ["tiny", "qwen3-8b", "qwen3-8b"]
+    with pytest.raises(SystemExit):
+        main(["bench", "rollouts", "--device", "cpu", "--model-shape", "3b"])
+    assert "qwen3-1.7b" in capsys.readouterr().err
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 def test_it_ends_with_figures_of_real_engines(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     if not pytestconfig.getoption("--bench-engines"):
-        pytest.skip("starts five engines; run with --bench-engines")
+        pytest.skip("starts four engines; run with --bench-engines")
     output = tmp_path / "results.json"
     words = [
         "bench",

@@ -73,8 +73,10 @@ def outside_torch(device: torch.device) -> Probe:
     """Return a probe of a GPU's memory that is not in this process's torch allocator: NCCL, IPC, other processes."""
 
     def probe() -> int:
+        # Another thread may give memory back between the two readings, which must not look like somebody else's.
+        before = torch.cuda.memory_reserved(device)
         free, total = torch.cuda.mem_get_info(device)
-        return total - free - torch.cuda.memory_reserved(device)
+        return total - free - max(before, torch.cuda.memory_reserved(device))
 
     return probe
 

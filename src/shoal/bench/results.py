@@ -36,6 +36,7 @@ class Results:
     Attributes:
         settings: What was measured.
         device_names: Of the trainer's and the engines' devices.
+        path: Where they are stored, again after every stage; None for nowhere.
         values: The figures, by name.
         samples: The raw values behind them.
         reasons: Why a figure is missing, by the figure's name.
@@ -43,6 +44,7 @@ class Results:
 
     settings: BenchSettings
     device_names: Sequence[str]
+    path: Path | None = None
     values: dict[str, Value] = field(default_factory=lambda: dict.fromkeys(FIGURES))
     samples: dict[str, list[float]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -71,6 +73,15 @@ class Results:
         """Return GB/s at which all bytes of a publish were sent in that time."""
         num_bytes = self.values["num_bytes"]
         return float(num_bytes or 0) / milliseconds / 1e6
+
+    def store(self) -> None:
+        """Write what there is so far.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if self.path is not None:
+            store(self.path, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, of plain JSON types."""

@@ -48,6 +48,11 @@ SHAPES = {
 }
 
 
+def shape_name(text: str) -> str:
+    """Return the name of a shape as `SHAPES` has it: `8b` is `qwen3-8b`."""
+    return text if text in SHAPES else f"qwen3-{text}"
+
+
 def qwen3_config(shape: ModelShape) -> Any:
     """Return the configuration as transformers has it."""
     from transformers import Qwen3Config

@@ -55,14 +55,15 @@ def run_step_bench(
     _say(report.headline())
     write_model(settings, folder / "model")
     environment = _environment(settings, used)
+    path = output or default_path(settings)
     _run_shoal(report, folder, used, environment, timeout_s)
+    store(path, report.to_dict())  # kept if what follows hangs
     reason = "left out (--skip-trl)" if skip_trl else why_not_trl(settings)
     if reason is None:
         _run_trl(report, folder, used, environment, timeout_s)
     else:
         report.reasons["trl"] = reason
         _say(f"no TRL: {reason}")
-    path = output or default_path(settings)
     data = report.to_dict()
     store(path, data)
     _say(f"stored in {path}")

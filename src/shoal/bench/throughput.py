@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from shoal.bench.model import write_engine_folder
 from shoal.bench.results import store
 from shoal.bench.settings import engine_specs
 from shoal.bench.throughput_settings import ThroughputSettings, draw_groups
-from shoal.engines.client import EngineClient
+from shoal.engines.client import FLUSH_TOKENS, EngineClient
 from shoal.engines.fleet import Fleet, ManagedEngine
 from shoal.engines.process import EngineProcess
 from shoal.observe.summary import versions
@@ -99,8 +99,9 @@ def run_throughput(settings: ThroughputSettings, devices: tuple[Device, ...], ou
     reasons: dict[str, str] = {}
     samples: dict[str, Any] = {}
     in_process = _in_process(settings, folder, devices, reasons, samples)
-    one, stock = _one_engine(settings, folder, devices, samples)
-    two = _two_engines(settings, folder, devices, reasons, samples)
+    one, stock, two = _with_engines(settings, folder, devices, samples)
+    if two is None:
+        reasons["ratio_two_engines"] = f"two engines need two GPUs, and this process sees {len(devices)}"
     data = _summary(settings, in_process, one, stock, two)
     data |= {
         "settings": asdict(settings),
@@ -111,8 +112,8 @@ def run_throughput(settings: ThroughputSettings, devices: tuple[Device, ...], ou
         "samples": samples,
         "reasons": reasons,
     }
-    for name, reason in reasons.items():
-        print(f"no {name}: {reason}")
+    if two is None:
+        print(f"no two engines: {reasons['ratio_two_engines']}")
     path = output or _default_path(settings)
     store(path, data)
     shutil.rmtree(folder, ignore_errors=True)
@@ -171,14 +172,18 @@ class Writer:
         return sum(map(engine_cpu, pids), EngineCpu(front_end=0.0, core=0.0))
 
 
-def stock_client(engine: ManagedEngine, api_key: str) -> EngineClient:
-    """Return a client that talks to a managed engine as to a stock one, by `/v1/completions`."""
+def new_client(
+    engine: ManagedEngine, api_key: str, *, has_plugin: bool, flush_tokens: int = FLUSH_TOKENS
+) -> EngineClient:
+    """Return one more client of a managed engine; without the plugin it asks by `/v1/completions`, as a stock one's."""
     return EngineClient(
         name=engine.name,
         url=engine.client.url,
         api_key=api_key,
         log_path=engine.client.log_path,
         request_timeout_s=REQUEST_TIMEOUT_S,
+        has_plugin=has_plugin,
+        flush_tokens=flush_tokens,
     )
 
 
@@ -193,6 +198,7 @@ def _in_process(
         seconds = measure_in_process(settings, folder, devices, IN_PROCESS_TIMEOUT_S)
     except StageError as error:
         reasons["in_process_tokens_per_s"] = str(error)
+        print(f"no vllm.LLM.generate: {error}")
         return None
     samples["in_process_s"] = seconds
     rate = settings.num_samples * settings.tokens / _median(seconds)
@@ -200,33 +206,25 @@ def _in_process(
     return rate
 
 
-def _one_engine(
+def _with_engines(
     settings: ThroughputSettings, folder: Path, devices: tuple[Device, ...], samples: dict[str, Any]
-) -> tuple[Figures, Figures]:
-    """Return the figures of one engine by our route, and by the one that every vLLM server has."""
+) -> tuple[Figures, Figures, Figures | None]:
+    """Return the figures of one engine by our route, by the one that every vLLM server has, and of two engines."""
+    num_engines = 1 if settings.device == "cuda" and len(devices) < 2 else 2
     with ExitStack() as stack:
-        fleet = stack.enter_context(_start(settings, 1, folder, devices))
-        (engine,) = fleet.engines
-        stock = stock_client(engine, fleet.api_key)
-        stack.callback(stock.close)
-        goes = Writer(fleet.engines, [engine.client], settings).write(0)
-        stock_goes = Writer(fleet.engines, [stock], settings).write(settings.repeats + 1)
-    return _keep("one engine", goes, samples), _keep("one engine, /v1/completions", stock_goes, samples)
-
-
-def _two_engines(
-    settings: ThroughputSettings,
-    folder: Path,
-    devices: tuple[Device, ...],
-    reasons: dict[str, str],
-    samples: dict[str, Any],
-) -> Figures | None:
-    if settings.device == "cuda" and len(devices) < 2:
-        reasons["ratio_two_engines"] = f"two engines need two GPUs, and this process sees {len(devices)}"
-        return None
-    with _start(settings, 2, folder, devices) as fleet:
-        goes = Writer(fleet.engines, [engine.client for engine in fleet.engines], settings).write(0)
-    return _keep("two engines, twice the work", goes, samples)
+        fleet = stack.enter_context(_start(settings, num_engines, folder, devices))
+        first, *others = fleet.engines
+        # With a client of its own for each part: their asynchronous half is used up.
+        direct = stack.enter_context(closing(new_client(first, fleet.api_key, has_plugin=True)))
+        stock = stack.enter_context(closing(new_client(first, fleet.api_key, has_plugin=False)))
+        one = _keep("one engine", Writer([first], [direct], settings).write(0), samples)
+        goes = Writer([first], [stock], settings).write(settings.repeats + 1)
+        by_stock = _keep("one engine, /v1/completions", goes, samples)
+        if not others:
+            return one, by_stock, None
+        both = Writer(fleet.engines, [engine.client for engine in fleet.engines], settings)
+        goes = both.write(2 * (settings.repeats + 1))
+        return one, by_stock, _keep("two engines, twice the work", goes, samples)
 
 
 def _start(settings: ThroughputSettings, num_engines: int, folder: Path, devices: tuple[Device, ...]) -> Fleet:

@@ -22,7 +22,7 @@ from shoal.bench.model import build_model, parameters_of, write_engine_folder
 from shoal.bench.native import measure_native, why_not
 from shoal.bench.publishes import PublishBench
 from shoal.bench.raw import measure_raw
-from shoal.bench.results import Results, default_path, header, milliseconds, row, store, times
+from shoal.bench.results import Results, default_path, header, milliseconds, row, times
 from shoal.bench.settings import BenchSettings, engine_specs
 from shoal.engines.fleet import Fleet
 from shoal.placement.devices import Device
@@ -68,7 +68,8 @@ def run_weights_bench(settings: BenchSettings, options: Options, devices: Sequen
     """
     rank = int(os.environ.get("RANK", "0"))
     used = sorted({*range(settings.num_ranks), *settings.engine_devices}) if settings.device == "cuda" else []
-    results = Results(settings, [device.name for device in devices if device.index in used] or ["CPU"])
+    names = [device.name for device in devices if device.index in used] or ["CPU"]
+    results = Results(settings, names, (options.output or default_path(settings)) if rank == 0 else None)
     folder = Path()
     say: Callable[[str], None] = _say if rank == 0 else _say_nothing
     if rank == 0:
@@ -83,9 +84,8 @@ def run_weights_bench(settings: BenchSettings, options: Options, devices: Sequen
     if rank == 0:
         for name, reason in results.reasons.items():
             say(f"no {name}: {reason}")
-        path = options.output or default_path(settings)
-        store(path, results.to_dict())
-        say(f"stored in {path}")
+        results.store()
+        say(f"stored in {results.path}")
         if is_fine:
             shutil.rmtree(folder, ignore_errors=True)
         else:
@@ -232,11 +232,12 @@ def _proof(results: Results, bench: PublishBench, say: Callable[[str], None]) ->
 
 @contextmanager
 def _stage(results: Results, names: Sequence[str]) -> Iterator[None]:
-    """Go on after a failure, with its reason in place of the figures."""
+    """Go on after a failure, with its reason in place of the figures. What was found is kept if a later stage hangs."""
     try:
         yield
     except Exception as error:
         results.missing(names, f"{type(error).__name__}: {' '.join(str(error).split())}")
+    results.store()
 
 
 @contextmanager

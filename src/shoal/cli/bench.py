@@ -7,10 +7,9 @@ import logging
 import os
 from pathlib import Path
 
-from shoal.cli.bench_step import add_step_arguments, run_step
+from shoal.cli.bench_step import add_shape_argument, add_step_arguments, run_step
 from shoal.errors import ConfigError
 
-_SHAPES = ("tiny", "qwen3-0.6b", "qwen3-1.4b", "qwen3-1.7b", "qwen3-8b")
 _SOURCES = ("plain", "lora-merged", "adapter", "ddp", "fsdp2")
 
 
@@ -20,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights = benchmarks.add_parser(
         "weights", help="time from the trainer's weights to every engine, beside the wire alone and vLLM's own update"
     )
-    weights.add_argument("--model-shape", choices=_SHAPES, default="tiny", help="default: tiny; weights are random")
+    add_shape_argument(weights)
     weights.add_argument("--device", choices=("cpu", "cuda"), required=True)
     weights.add_argument("--engine-devices", type=_indices, default=(), metavar="LIST", help="GPUs, such as 1,2")
     weights.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size (default: 1)")
@@ -70,7 +69,7 @@ def _add_rollouts_arguments(rollouts: argparse.ArgumentParser) -> None:
 
 def _add_throughput_arguments(rollouts: argparse._ArgumentGroup) -> None:
     rollouts.add_argument("--device", choices=("cpu", "cuda"), help="of the engines; must be given")
-    rollouts.add_argument("--model-shape", default="tiny", metavar="SHAPE", help="tiny, 0.6b, 1.7b or 8b of Qwen3")
+    add_shape_argument(rollouts)
     rollouts.add_argument("--tokens", type=int, default=256, metavar="N", help="of each completion (default: 256)")
     rollouts.add_argument("--group", type=int, default=8, metavar="N", help="completions of a prompt (default: 8)")
     rollouts.add_argument("--enforce-eager", action="store_true", help="engines without CUDA graphs")
@@ -104,9 +103,6 @@ def _add_simulation_arguments(rollouts: argparse._ArgumentGroup) -> None:
 def _run_throughput(args: argparse.Namespace) -> int:
     if args.device is None:
         raise ConfigError("shoal bench rollouts starts engines. Say where (--device cpu or cuda), or add --simulate.")
-    shape = args.model_shape if args.model_shape in _SHAPES else f"qwen3-{args.model_shape}"
-    if shape not in _SHAPES:
-        raise ConfigError(f"--model-shape {args.model_shape} is none of {', '.join(_SHAPES)}.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     from shoal.bench.throughput import run_throughput
@@ -115,7 +111,7 @@ def _run_throughput(args: argparse.Namespace) -> int:
 
     devices = tuple(discover_devices()) if args.device == "cuda" else ()
     settings = ThroughputSettings(
-        model_shape=shape,
+        model_shape=args.model_shape,
         device=args.device,
         num_samples=_given(args.samples, 256),
         num_generations=args.group,

@@ -6,13 +6,25 @@ import argparse
 import os
 from pathlib import Path
 
-_SHAPES = ("tiny", "qwen3-0.6b", "qwen3-1.4b", "qwen3-1.7b", "qwen3-8b")
+from shoal.bench.shapes import SHAPES, shape_name
+
+
+def add_shape_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare `--model-shape`, which all benchmarks with engines have."""
+    parser.add_argument(
+        "--model-shape",
+        type=shape_name,
+        choices=tuple(SHAPES),
+        default="tiny",
+        metavar="SHAPE",
+        help="tiny (default), or of Qwen3: 0.6b, 1.4b (1.7b with a small vocabulary), 1.7b, 8b; weights are random",
+    )
 
 
 def add_step_arguments(step: argparse.ArgumentParser) -> None:
     """Declare the arguments of `shoal bench step`."""
     step.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    step.add_argument("--model-shape", choices=_SHAPES, default="tiny", help="default: tiny; weights are random")
+    add_shape_argument(step)
     step.add_argument("--layout", choices=("dedicated", "colocated"), default="dedicated", help="default: dedicated")
     step.add_argument("--ranks", type=int, default=1, metavar="N", help="trainer processes (default: 1)")
     step.add_argument("--num-engines", type=int, default=1, metavar="N", help="default: 1")
