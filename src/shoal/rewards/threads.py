@@ -61,4 +61,6 @@ async def run_in_daemon_thread(call: Callable[[], Any], *, timeout_s: float, nam
             loop.call_soon_threadsafe(deliver, outcome)
 
     threading.Thread(target=work, name=name, daemon=True).start()
-    return await asyncio.wait_for(done, timeout_s)
+    # Not `wait_for`: that of Python 3.11 swallows a cancellation that comes in the moment of the answer.
+    async with asyncio.timeout(timeout_s):
+        return await done
