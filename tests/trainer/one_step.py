@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -242,6 +243,18 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
 
 
+def meet_for_deepspeed() -> dict[str, Any]:
+    """Have the processes meet over gloo, and return what tells transformers that they have.
+
+    Of itself, accelerate has DeepSpeed's processes meet on GPUs only; on CPUs each takes itself for the only one, which
+    `check_sharding` refuses.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo" if "LOCAL_RANK" in os.environ else None)
+    return {"use_configured_state": True}
+
+
 def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = None) -> dict[str, Any]:
     """Take the step, or as many as the settings say, and return what happened.
 
@@ -274,7 +287,10 @@ def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = Non
         "per_device_train_batch_size": 12
         // (int(os.environ.get("WORLD_SIZE", "1")) * int(case.settings.get("gradient_accumulation_steps", 1))),
     }
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    for name in ("FSDP", "DEEPSPEED"):  # accelerate leaves them behind, and would shard the next case so too
+        os.environ.pop(f"ACCELERATE_USE_{name}", None)
+    if "deepspeed" in case.settings:
+        settings["accelerator_config"] = meet_for_deepspeed()
     trainer_type = type("CaseTrainer", (OneStepTrainer,), {"broken": case.broken, "fsdp2": case.fsdp2})
     trainer = trainer_type(
         model=model,
@@ -308,6 +324,7 @@ def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = Non
         "log": trainer.state.log_history[0],
         "all_groups": [[_as_plain(group) for group in groups] for groups in getattr(trainer, "all_groups", ())],
         "weights": after,
+        "zero_stage": trainer.model_wrapped.zero_optimization_stage() if "deepspeed" in case.settings else None,
         "logs": trainer.state.log_history,
     }
 

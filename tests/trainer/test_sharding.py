@@ -84,6 +84,17 @@ def test_sharding_that_accelerate_would_ignore_is_refused(name: str, monkeypatch
         check_sharding(accelerator)
 
 
+def test_deepspeed_whose_processes_have_not_met_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, num_processes=2, state=SimpleNamespace()
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_sharding(accelerator)
+    accelerator.num_processes = 1
+    with pytest.raises(ConfigError, match="in 2 processes, each of which accelerate takes for one of 1"):
+        check_sharding(accelerator)
+
+
 def test_fsdp_of_the_first_version_is_refused() -> None:
     accelerator = SimpleNamespace(
         distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))

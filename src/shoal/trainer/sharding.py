@@ -23,7 +23,8 @@ def check_sharding(accelerator: Any) -> None:
         accelerator: The trainer's, made.
 
     Raises:
-        ConfigError: FSDP is asked for and not used, or it is its first version, or layers are split over processes.
+        ConfigError: FSDP or DeepSpeed is asked for and not used, or with processes that have not met; FSDP is its first
+            version; or layers are split over processes.
     """
     for name, kind in (("FSDP", DistributedType.FSDP), ("DeepSpeed", DistributedType.DEEPSPEED)):
         asked = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("1", "true", "yes")
@@ -33,6 +34,13 @@ def check_sharding(accelerator: Any) -> None:
                 "it: it shards over GPUs, and FSDP over at least two processes. Launch it so, or leave "
                 f"{name} out of accelerate's configuration."
             )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.num_processes != launched:
+        raise ConfigError(
+            f"DeepSpeed is asked for in {launched} processes, each of which accelerate takes for one of "
+            f"{accelerator.num_processes}: it has them meet on GPUs only. Launch it where each has a GPU, or leave "
+            "DeepSpeed out of accelerate's configuration."
+        )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ConfigError(
