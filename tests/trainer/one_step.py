@@ -24,6 +24,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
+from safetensors.torch import save_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -87,7 +88,9 @@ def quantised(model: Any) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        # In a group of processes, the first one alone would write with the model's own save_pretrained.
+        model.config.save_pretrained(folder)
+        save_file({name: value.detach() for name, value in model.named_parameters()}, f"{folder}/model.safetensors")
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=model.dtype,

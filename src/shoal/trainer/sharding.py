@@ -112,20 +112,30 @@ def backward_keywords(accelerator: Any) -> dict[str, Any]:
 
 @contextmanager
 def whole_state_dict(accelerator: Any) -> Iterator[None]:
-    """Have transformers save an FSDP2 model whole, whatever accelerate's `state_dict_type` says of checkpoints.
+    """Have transformers save an FSDP2 or ZeRO-3 model whole, whatever the configuration says of checkpoints.
 
-    With the default, `SHARDED_STATE_DICT`, it would save no weights at all, and not say so.
+    With accelerate's default for FSDP2, `SHARDED_STATE_DICT`, it would save no weights at all, and not say so; without
+    `stage3_gather_16bit_weights_on_model_save` it would save ZeRO-3's parts.
 
     Args:
         accelerator: The trainer's.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None:
+    deepspeed = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    if plugin is not None:
+        kept = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            yield
+        finally:
+            plugin.set_state_dict_type(kept)
+    elif deepspeed is not None:
+        zero = deepspeed.engine._config.zero_config  # no public name, and read anew with each save
+        gathers = zero.gather_16bit_weights_on_model_save
+        zero.gather_16bit_weights_on_model_save = True
+        try:
+            yield
+        finally:
+            zero.gather_16bit_weights_on_model_save = gathers
+    else:
         yield
-        return
-    kept = plugin.state_dict_type
-    plugin.set_state_dict_type("FULL_STATE_DICT")
-    try:
-        yield
-    finally:
-        plugin.set_state_dict_type(kept)
