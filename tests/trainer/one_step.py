@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
+from safetensors.torch import save_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -86,7 +88,9 @@ def quantised(model: Any) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        # In a group of processes, the first one alone would write with the model's own save_pretrained.
+        model.config.save_pretrained(folder)
+        save_file({name: value.detach() for name, value in model.named_parameters()}, f"{folder}/model.safetensors")
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=model.dtype,
@@ -242,6 +246,18 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
 
 
+def meet_for_deepspeed() -> dict[str, Any]:
+    """Have the processes meet over gloo, and return what tells transformers that they have.
+
+    Of itself, accelerate has DeepSpeed's processes meet on GPUs only; on CPUs each takes itself for the only one, which
+    `check_sharding` refuses.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo" if "LOCAL_RANK" in os.environ else None)
+    return {"use_configured_state": True}
+
+
 def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = None) -> dict[str, Any]:
     """Take the step, or as many as the settings say, and return what happened.
 
@@ -274,7 +290,10 @@ def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = Non
         "per_device_train_batch_size": 12
         // (int(os.environ.get("WORLD_SIZE", "1")) * int(case.settings.get("gradient_accumulation_steps", 1))),
     }
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    for name in ("FSDP", "DEEPSPEED"):  # accelerate leaves them behind, and would shard the next case so too
+        os.environ.pop(f"ACCELERATE_USE_{name}", None)
+    if "deepspeed" in case.settings:
+        settings["accelerator_config"] = meet_for_deepspeed()
     trainer_type = type("CaseTrainer", (OneStepTrainer,), {"broken": case.broken, "fsdp2": case.fsdp2})
     trainer = trainer_type(
         model=model,
@@ -308,6 +327,7 @@ def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = Non
         "log": trainer.state.log_history[0],
         "all_groups": [[_as_plain(group) for group in groups] for groups in getattr(trainer, "all_groups", ())],
         "weights": after,
+        "zero_stage": trainer.model_wrapped.zero_optimization_stage() if "deepspeed" in case.settings else None,
         "logs": trainer.state.log_history,
     }
 

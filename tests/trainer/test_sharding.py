@@ -84,6 +84,15 @@ def test_sharding_that_accelerate_would_ignore_is_refused(name: str, monkeypatch
         check_sharding(accelerator)
 
 
+def test_deepspeed_whose_processes_have_not_met_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=2, state=SimpleNamespace())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_sharding(accelerator)
+    accelerator.num_processes = 1
+    with pytest.raises(ConfigError, match="in 2 processes, each of which accelerate takes for one of 1"):
+        check_sharding(accelerator)
+
+
 def test_fsdp_of_the_first_version_is_refused() -> None:
     accelerator = SimpleNamespace(
         distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
@@ -120,6 +129,15 @@ def test_a_model_is_saved_whole_and_checkpoints_stay_in_parts() -> None:
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
     with whole_state_dict(SimpleNamespace(state=SimpleNamespace())):
         pass
+
+
+def test_a_zero3_model_is_saved_whole_and_checkpoints_stay_in_parts() -> None:
+    zero = SimpleNamespace(gather_16bit_weights_on_model_save=False)
+    engine = SimpleNamespace(_config=SimpleNamespace(zero_config=zero))
+    accelerator = SimpleNamespace(state=SimpleNamespace(), deepspeed_engine_wrapped=SimpleNamespace(engine=engine))
+    with whole_state_dict(accelerator):
+        assert zero.gather_16bit_weights_on_model_save
+    assert not zero.gather_16bit_weights_on_model_save
 
 
 def test_evaluating_a_model_that_is_still_to_be_divided_is_refused(make_trainer: Any) -> None:

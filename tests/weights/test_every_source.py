@@ -2,11 +2,12 @@
 
 One fleet for an architecture: two engines with one worker each and one with two (tensor parallel). One trainer after
 the other takes it over, those with as many ranks in the same processes, which cost more to start than to use: plain,
-a LoRA adapter merged, the adapter alone; DDP, FSDP2.
+a LoRA adapter merged, the adapter alone; DDP, FSDP2, and ZeRO-3 where DeepSpeed is installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -28,7 +29,12 @@ pytestmark = pytest.mark.engine
 FOLDER = Path(__file__).with_name("every_source")
 # With adapters vLLM computes experts by Triton kernels alone: on CPUs such an engine takes weights but writes no text.
 DENSE, EXPERTS = ("qwen2", "llama", "qwen3", "gemma3"), ("qwen3-moe", "mixtral")
-ALONE, SHARING = ("plain", "lora", "adapter"), ("ddp", "fsdp2")  # with one rank and with two
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+ZERO3 = pytest.param(
+    "zero3",
+    marks=pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed (pip install 'shoal[deepspeed]')"),
+)
+ALONE, SHARING = ("plain", "lora", "adapter"), ("ddp", "fsdp2", *(("zero3",) if HAS_DEEPSPEED else ()))  # 1 rank, and 2
 # The others take as long again and find the same: `pytest --all-architectures`.
 IN_CI = ("qwen2", "qwen3-moe")
 
@@ -110,7 +116,7 @@ def test_a_pipeline_of_two_stages_proves_what_it_holds(make_spec: Callable[..., 
     assert "fsdp2: published and equal\n" in said, said[-4000:]
 
 
-@pytest.mark.parametrize("source", [*ALONE[:-1], *SHARING])
+@pytest.mark.parametrize("source", [*ALONE[:-1], "ddp", "fsdp2", ZERO3])
 def test_three_publishes_each_arrive_bit_for_bit(served: Served, source: str) -> None:
     served.assert_equal(source)
 

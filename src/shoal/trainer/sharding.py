@@ -23,7 +23,8 @@ def check_sharding(accelerator: Any) -> None:
         accelerator: The trainer's, made.
 
     Raises:
-        ConfigError: FSDP is asked for and not used, or it is its first version, or layers are split over processes.
+        ConfigError: FSDP or DeepSpeed is asked for and not used, or with processes that have not met; FSDP is its first
+            version; or layers are split over processes.
     """
     for name, kind in (("FSDP", DistributedType.FSDP), ("DeepSpeed", DistributedType.DEEPSPEED)):
         asked = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("1", "true", "yes")
@@ -33,6 +34,13 @@ def check_sharding(accelerator: Any) -> None:
                 "it: it shards over GPUs, and FSDP over at least two processes. Launch it so, or leave "
                 f"{name} out of accelerate's configuration."
             )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.num_processes != launched:
+        raise ConfigError(
+            f"DeepSpeed is asked for in {launched} processes, each of which accelerate takes for one of "
+            f"{accelerator.num_processes}: it has them meet on GPUs only. Launch it where each has a GPU, or leave "
+            "DeepSpeed out of accelerate's configuration."
+        )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ConfigError(
@@ -104,20 +112,30 @@ def backward_keywords(accelerator: Any) -> dict[str, Any]:
 
 @contextmanager
 def whole_state_dict(accelerator: Any) -> Iterator[None]:
-    """Have transformers save an FSDP2 model whole, whatever accelerate's `state_dict_type` says of checkpoints.
+    """Have transformers save an FSDP2 or ZeRO-3 model whole, whatever the configuration says of checkpoints.
 
-    With the default, `SHARDED_STATE_DICT`, it would save no weights at all, and not say so.
+    With accelerate's default for FSDP2, `SHARDED_STATE_DICT`, it would save no weights at all, and not say so; without
+    `stage3_gather_16bit_weights_on_model_save` it would save ZeRO-3's parts.
 
     Args:
         accelerator: The trainer's.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None:
+    deepspeed = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    if plugin is not None:
+        kept = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            yield
+        finally:
+            plugin.set_state_dict_type(kept)
+    elif deepspeed is not None:
+        zero = deepspeed.engine._config.zero_config  # no public name, and read anew with each save
+        gathers = zero.gather_16bit_weights_on_model_save
+        zero.gather_16bit_weights_on_model_save = True
+        try:
+            yield
+        finally:
+            zero.gather_16bit_weights_on_model_save = gathers
+    else:
         yield
-        return
-    kept = plugin.state_dict_type
-    plugin.set_state_dict_type("FULL_STATE_DICT")
-    try:
-        yield
-    finally:
-        plugin.set_state_dict_type(kept)

@@ -126,6 +126,8 @@ def prepare(source: str, architecture: str) -> tuple[Any, Any]:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh), reference
+    if source == "zero3":
+        return divided_by_deepspeed(model), copy.deepcopy(model)
     assert source in ("lora", "adapter")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     if hasattr(model.model.layers[0].mlp, "down_proj"):
@@ -133,6 +135,19 @@ def prepare(source: str, architecture: str) -> tuple[Any, Any]:
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules=targets)).eval()
     change(adapted, seed=100, scale=0.2)
     return adapted, adapted
+
+
+def divided_by_deepspeed(model: Any) -> Any:
+    """Return an engine of ZeRO-3 that has divided a copy of the model, however small its parameters."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    return deepspeed.initialize(model=copy.deepcopy(model), config=config)[0]
 
 
 @torch.no_grad()
@@ -143,6 +158,12 @@ def move(trained: Any, reference: Any, *, seed: int) -> None:
     for name, value in trained.named_parameters():
         if hasattr(value, "device_mesh"):
             value.copy_(distribute_tensor(full[name].detach(), value.device_mesh, value.placements))
+        elif hasattr(value, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([value], modifier_rank=0):
+                if dist.get_rank() == 0:
+                    value.copy_(full[name.removeprefix("module.")])
 
 
 async def ask(clients: list[EngineClient]) -> list[list[list[int]]]:

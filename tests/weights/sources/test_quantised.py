@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MixtralConfig
 
+from shoal.errors import ConfigError
 from shoal.weights.sources import make_source
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (pip install bitsandbytes)"
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed (pip install 'shoal[qlora]')",
 )
 
 SIZES = {
@@ -108,3 +113,16 @@ def test_a_forward_pass_that_repacks_the_weights_changes_what_is_sent_by_no_more
     for _ in range(2):
         for name, value in sent(model).items():
             torch.testing.assert_close(value, before[name], rtol=error, atol=0)
+
+
+def test_a_divided_quantised_weight_is_refused_instead_of_sent_as_packed_bytes(tmp_path: Path) -> None:
+    """FSDP2 can train it, if it is stored in the type of the other weights."""
+    model = quantised(tmp_path, FOUR | {"bnb_4bit_quant_storage": torch.bfloat16})
+    assert f"{QUERY}.weight" in sent(model)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ConfigError, match=r"q_proj.weight is 4-bit and sharded.*Train with DDP, ZeRO-1 or ZeRO-2"):
+            sent(model)
+    finally:
+        dist.destroy_process_group()

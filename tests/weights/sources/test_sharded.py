@@ -19,7 +19,7 @@ FSDP2 = [*(f"{name}-{kind}" for name in MODELS for kind in ("fsdp2", "hsdp")), "
 ZERO3 = [f"{name}-{kept}" for name in MODELS if name != "lora_bias" for kept in (0, 200)]
 
 needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install deepspeed)"
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install 'shoal[deepspeed]')"
 )
 
 

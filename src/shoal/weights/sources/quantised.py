@@ -16,9 +16,33 @@ KINDS = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
 """Types of parameters, by the name of their class: bitsandbytes need not be installed."""
 
 
+LAYERS = {"Linear4bit": "4-bit", "Linear8bitLt": "8-bit"}
+"""Types of the layers that have them."""
+
+
 def is_quantised(tensor: torch.Tensor) -> bool:
     """Whether bitsandbytes keeps this parameter."""
     return type(tensor).__name__ in KINDS
+
+
+def check_whole(name: str, local: str, module: nn.Module, tensor: torch.Tensor) -> None:
+    """Refuse a quantised weight that is divided among ranks. FSDP2 makes a plain DTensor of its packed bytes.
+
+    Args:
+        name: For messages.
+        local: The parameter's name in its module.
+        module: That has it.
+        tensor: The parameter.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    kind = LAYERS.get(type(module).__name__) if local == "weight" else None
+    if kind is not None and (isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")):
+        raise ConfigError(
+            f"{name} is {kind} and sharded, so no rank can dequantise it. Train with DDP, ZeRO-1 or ZeRO-2, which keep "
+            "weights whole."
+        )
 
 
 class DequantisedTensor:
@@ -34,7 +58,7 @@ class DequantisedTensor:
         base_dtype: That type, for 8 bits, which do not know it.
 
     Raises:
-        ConfigError: It is sharded, or was never quantised.
+        ConfigError: It was never quantised.
     """
 
     def __init__(
@@ -47,10 +71,6 @@ class DequantisedTensor:
         base_dtype: torch.dtype | None,
     ) -> None:
         kind = KINDS[type(weight).__name__]
-        if isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
-            raise ConfigError(
-                f"{name} is {kind} and sharded, so no rank can dequantise it. Train with DDP, which keeps it whole."
-            )
         self._module: Any = module
         self._weight = weight
         if kind == "4-bit":

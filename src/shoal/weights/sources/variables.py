@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from shoal.errors import ConfigError
 from shoal.weights.sources.lora import MergedTensor, adapters_of, check_mergeable, has_bias, uses_variant
-from shoal.weights.sources.quantised import DequantisedTensor, is_quantised
+from shoal.weights.sources.quantised import DequantisedTensor, check_whole, is_quantised
 from shoal.weights.sources.shards import Value, value_of
 
 # Modules that only wrap another one, with their class's name (torch exports not all of them) and where that one is.
@@ -153,6 +153,7 @@ class Variables:
 
     def _value(self, item: _Found) -> Value:
         base: Value
+        check_whole(item.name, item.local, item.module, item.tensor)
         if is_quantised(item.tensor):
             base = DequantisedTensor(
                 item.name, item.module, item.tensor, dtype=self._wire_dtype, base_dtype=self._base_dtype
