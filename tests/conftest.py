@@ -19,7 +19,14 @@ KillRow: TypeAlias = dict[str, object]
 _KILLS = pytest.StashKey[list[KillRow]]()
 
 
+# What `--all` asks for beside the full matrices.
+_PARTS_OF_ALL = ("--all-architectures", "--all-shardings", "--bench-engines", "--ray-engines")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help=f"every combination instead of CI's choice; also {', '.join(_PARTS_OF_ALL)}"
+    )
     parser.addoption(
         "--all-architectures", action="store_true", help="publish to engines of every architecture, not of two"
     )
@@ -33,12 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--ray-engines", action="store_true", help="train with real engines on two Ray nodes, one of which is killed"
     )
-    parser.addoption("--soak-rounds", type=int, default=2, help="times that an engine is lost while three write")
+    parser.addoption("--soak-rounds", type=int, default=1, help="times that an engine is lost while three write")
     parser.addoption("--soak-seed", type=int, default=None, help="of the choice of engine, fate and moment")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_KILLS] = []
+    if config.getoption("--all"):
+        for name in _PARTS_OF_ALL:
+            setattr(config.option, name.removeprefix("--").replace("-", "_"), True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""Adapters in real vLLM engines: written in place, they are what vLLM's own loading makes of them, bit for bit."""
+"""Adapters in real vLLM engines: written in place, they are what vLLM's own loading makes of them, bit for bit.
+
+In CI in an engine with two workers; `pytest --all` has it done in one with a single worker too.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,13 @@ def save_adapter(policy: Any, folder: Path) -> None:
     LoraConfig(r=config.r, lora_alpha=config.r, target_modules=LINEAR).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine" in metafunc.fixturenames:
+        sizes = [1, 2] if metafunc.config.getoption("--all") else [2]
+        metafunc.parametrize("engine", sizes, ids=[f"tp{size}" for size in sizes], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def engine(
     request: pytest.FixtureRequest, make_served_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
