@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
+import torch
 
 from shoal.engines.command import EngineSpec
 from shoal.testing import tiny_model, tiny_tokenizer
@@ -46,9 +47,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_KILLS] = []
+    if given := getattr(config, "workerinput", None):  # one of pytest-xdist's workers, of which each draws another seed
+        config.option.kills_seed = given["kills_seed"]
+        torch.set_num_threads(1)  # they share the cores
     if config.getoption("--all"):
         for name in _PARTS_OF_ALL:
             setattr(config.option, name.removeprefix("--").replace("-", "_"), True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist what this process has drawn."""
+    node.workerinput["kills_seed"] = node.config.getoption("--kills-seed")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist, hand over what became of each kill."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["kills"] = session.config.stash[_KILLS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist says as it ends."""
+    node.config.stash[_KILLS] += getattr(node, "workeroutput", {}).get("kills", [])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that start engines: what is short then fills the cores to the end."""
+    slow = {item.path for item in items if item.get_closest_marker("engine")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
