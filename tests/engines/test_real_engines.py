@@ -2,7 +2,7 @@
 
 Small "trainers", one for each way to end, start an engine each side by side (starting is mostly importing) and wait.
 While they do, the engines' routes, sockets and command lines are looked at; then each trainer ends in its way. In CI
-one returns, one unwinds and one is gone at once; `pytest --all` ends one in each of the five ways.
+one unwinds and one is gone at once; `pytest --all` ends one in each of the five ways.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from shoal.vllm_plugin.gate import KEY_VARIABLE
 pytestmark = pytest.mark.engine
 
 ENDINGS = ("normal", "exception", "SIGINT", "SIGTERM", "SIGKILL")
-IN_CI = ("normal", "SIGINT", "SIGKILL")
+IN_CI = ("SIGINT", "SIGKILL")
 # Tokens that an engine takes. No machine is so slow to ask, nor so fast to write, that a completion of this length is
 # over when it is looked for.
 MAX_MODEL_LEN = 4096
@@ -156,7 +156,7 @@ def routes_of(trainer: Trainer) -> set[tuple[str, str]]:
 
 
 def test_every_route_of_a_real_engine_refuses_whoever_does_not_have_the_key(trainers: dict[str, Trainer]) -> None:
-    trainer = trainers["normal"]
+    trainer = trainers["SIGINT"]
     routes = routes_of(trainer) | {("GET", path) for path in ("/metrics", "/docs", "/redoc", "/", "/nowhere")}
     for path in ("/pause", "/resume", "/update_weights", "/init_weight_transfer_engine", "/collective_rpc", "/sleep"):
         assert ("POST", path) in routes
@@ -177,7 +177,7 @@ def test_every_route_of_a_real_engine_refuses_whoever_does_not_have_the_key(trai
 def test_any_openai_client_can_talk_to_an_engine_with_the_key_and_gets_401_without(
     trainers: dict[str, Trainer],
 ) -> None:
-    trainer = trainers["normal"]
+    trainer = trainers["SIGINT"]
 
     def ask(key: str) -> str:
         with httpx.Client(trust_env=False) as connection:
@@ -187,15 +187,15 @@ def test_any_openai_client_can_talk_to_an_engine_with_the_key_and_gets_401_witho
         return f"{answer.usage.completion_tokens} tokens, {answer.choices[0].finish_reason}"
 
     assert ask(trainer.key) in ("5 tokens, length", *(f"{number} tokens, stop" for number in range(6)))
-    for key in ("wrong", trainers["SIGINT"].key):
+    for key in ("wrong", trainers["SIGKILL"].key):
         with pytest.raises(openai.AuthenticationError, match="401"):
             ask(key)
 
 
 def test_the_key_of_one_run_does_not_open_anothers_engine(trainers: dict[str, Trainer]) -> None:
     assert len({trainer.key for trainer in trainers.values()}) == len(trainers)
-    other = {"Authorization": f"Bearer {trainers['SIGINT'].key}"}
-    assert httpx.get(f"{trainers['normal'].url}/health", headers=other, trust_env=False).status_code == 401
+    other = {"Authorization": f"Bearer {trainers['SIGKILL'].key}"}
+    assert httpx.get(f"{trainers['SIGINT'].url}/health", headers=other, trust_env=False).status_code == 401
 
 
 def test_the_key_is_on_no_command_line_and_in_no_log(trainers: dict[str, Trainer]) -> None:
@@ -267,7 +267,7 @@ def test_our_own_route_writes_what_vllms_route_writes_token_for_token(trainers: 
     requests = [asked(seed, temperature, prompt=seed % 3) for seed in range(8) for temperature in (0.0, 0.7, 1.0)]
 
     async def run() -> tuple[list[Rollout], list[Rollout]]:
-        ours, stock = (client_to(trainers["normal"], has_plugin=has_plugin) for has_plugin in (True, False))
+        ours, stock = (client_to(trainers["SIGINT"], has_plugin=has_plugin) for has_plugin in (True, False))
         try:
             return (
                 await asyncio.gather(*map(ours.generate, requests)),
@@ -295,7 +295,7 @@ def test_a_real_engine_hands_over_what_it_has_and_frees_the_slots_of_those_who_l
         return asked(seed, name=name, most=most, stops=False)
 
     async def run() -> None:
-        client = client_to(trainers["normal"], has_plugin=True)
+        client = client_to(trainers["SIGINT"], has_plugin=True)
         try:
             start = (await client.generate(endless(5, most=100))).token_ids.tolist()
             long = asyncio.create_task(client.generate(endless(5, "long")))
@@ -316,7 +316,7 @@ def test_a_real_engine_hands_over_what_it_has_and_frees_the_slots_of_those_who_l
             for task in tasks:
                 task.cancel()
             await running_now(client, 0)
-            gone = client_to(trainers["normal"], has_plugin=True)
+            gone = client_to(trainers["SIGINT"], has_plugin=True)
             task = asyncio.create_task(gone.generate(endless(7)))
             await running_now(client, 1)
             await gone._async.aclose()  # as if its process were gone: the connection breaks
@@ -332,8 +332,8 @@ def test_a_real_engine_hands_over_what_it_has_and_frees_the_slots_of_those_who_l
     "body", [b"", b"{}", b"[" * 100_000, b'{"model":"policy","salt":"","flush_tokens":1,"prompts":[[]],"samples":[]}']
 )
 def test_a_malformed_order_gets_a_400_from_a_real_engine(body: bytes, trainers: dict[str, Trainer]) -> None:
-    headers = {"Authorization": f"Bearer {trainers['normal'].key}"}
-    url = f"{trainers['normal'].url}/shoal/generate"
+    headers = {"Authorization": f"Bearer {trainers['SIGINT'].key}"}
+    url = f"{trainers['SIGINT'].url}/shoal/generate"
     answer = httpx.post(url, content=body, headers=headers, timeout=10, trust_env=False)
     assert answer.status_code == 400 and "error" in answer.json()
 
@@ -346,7 +346,7 @@ def test_a_real_engine_refuses_one_sample_and_writes_the_others(trainers: dict[s
     ]
 
     async def run() -> list[Rollout | BaseException]:
-        client = client_to(trainers["normal"], has_plugin=True)
+        client = client_to(trainers["SIGINT"], has_plugin=True)
         try:
             return await asyncio.gather(*map(client.generate, requests), return_exceptions=True)
         finally:
