@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from shoal.engines.command import EngineSpec
 from shoal.testing import tiny_model, tiny_tokenizer
@@ -46,6 +47,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A slow machine is no counterexample.
+    settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("shoal")
     config.stash[_KILLS] = []
     if given := getattr(config, "workerinput", None):  # one of pytest-xdist's workers, of which each draws another seed
         config.option.kills_seed = given["kills_seed"]

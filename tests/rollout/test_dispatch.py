@@ -240,7 +240,7 @@ def test_a_move_to_an_engine_that_was_lost_meanwhile_makes_the_sample_wait() -> 
 # ---- whatever happens ----
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.integers(0, 2**32))
 def test_whatever_happens_every_sample_is_in_one_place_and_no_bound_is_broken(seed: int) -> None:
     chance = random.Random(seed)
