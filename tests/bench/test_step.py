@@ -208,7 +208,9 @@ def test_several_ranks_are_started_through_torchrun() -> None:
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-def test_a_run_on_cpus_ends_with_its_figures(tmp_path: Path) -> None:
+def test_a_run_on_cpus_ends_with_its_figures(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    if not pytestconfig.getoption("--bench-engines"):
+        pytest.skip("starts an engine for what is tried above with the exact one; run with --bench-engines")
     words = "bench step --device cpu --model-shape tiny --prompts 2 --samples 2 --prompt-tokens 8 --tokens 16 "
     words += "--steps 2 --warmup-steps 1 --trl-micro-batch 2 --skip-trl"
     output = tmp_path / "out" / "step.json"
