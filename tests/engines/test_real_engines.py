@@ -38,8 +38,8 @@ ENDINGS = ("normal", "exception", "SIGINT", "SIGTERM", "SIGKILL")
 IN_CI = ("SIGINT", "SIGKILL")
 # Tokens that an engine takes. No machine is so slow to ask, nor so fast to write, that a completion of this length is
 # over when it is looked for.
-MAX_MODEL_LEN = 4096
-LONGEST = 4000
+MAX_MODEL_LEN = 1024
+LONGEST = 1000
 WAIT_S = 120.0
 """Longest that a test waits for what comes at once on an idle machine."""
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
@@ -55,7 +55,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ending, model_dir, port, log_dir, core = sys.argv[1:]
 spec = EngineSpec(
     name=f"engine-{ending}", model_dir=Path(model_dir), port=int(port), cuda_devices=(), cpu_cores=(int(core),),
-    tensor_parallel_size=1, pipeline_parallel_size=1, dtype="float32", max_model_len=4096, gpu_memory_utilization=0.9,
+    tensor_parallel_size=1, pipeline_parallel_size=1, dtype="float32", max_model_len=1024, gpu_memory_utilization=0.9,
     cpu_kv_cache_gib=1, seed=0, extra_arguments={},
 )
 with Fleet.start([spec], log_dir=Path(log_dir), timeout_s=500, request_timeout_s=60) as fleet:
