@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills-report", type=Path, help="file to write what became of each to, as JSON")
     parser.addoption("--all-shardings", action="store_true", help="train under every combination of shardings")
     parser.addoption(
-        "--bench-engines", action="store_true", help="measure rollouts and steps with real engines, which takes minutes"
+        "--bench-engines", action="store_true", help="run each benchmark with real engines, which takes minutes"
     )
     parser.addoption(
         "--ray-engines", action="store_true", help="train with real engines on two Ray nodes, one of which is killed"

@@ -12,7 +12,11 @@ import pytest
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-def test_it_ends_with_figures_that_are_proven_and_a_control_that_was_caught(tmp_path: Path) -> None:
+def test_it_ends_with_figures_that_are_proven_and_a_control_that_was_caught(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    if not pytestconfig.getoption("--bench-engines"):
+        pytest.skip("starts an engine for what tests/weights/test_real_publish.py shows; run with --bench-engines")
     output = tmp_path / "out" / "results.json"
     words = [
         "bench",

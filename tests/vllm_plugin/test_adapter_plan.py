@@ -6,6 +6,7 @@ In CI in an engine with two workers; `pytest --all` has it done in one with a si
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def engine(
         ):
             patch.setenv(name, value)
         patch.syspath_prepend(str(Path(__file__).parent))
+        environment = dict(os.environ)
         from vllm import LLM
 
         folder = tmp_path_factory.mktemp("adapters")
@@ -136,6 +138,9 @@ def engine(
         running.call("shoal_learn", str(folders[1]))
         yield running
         llm.llm_engine.engine_core.shutdown()
+        # vLLM leaves variables of its workers behind, LOCAL_WORLD_SIZE among them, which other tests would take for theirs.
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def test_written_in_place_an_adapter_is_bit_for_bit_what_vllm_loads(engine: Engine) -> None:

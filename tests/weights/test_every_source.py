@@ -4,8 +4,8 @@ One fleet for an architecture, of engines with one worker, with two (tensor para
 parallel), of which some serve an adapter. One trainer after the other takes it over, those with as many ranks in the
 same processes, which cost more to start than to use: plain, a LoRA adapter merged, the adapter alone; DDP, FSDP2.
 
-In CI one dense architecture and one with experts. `pytest --all-architectures` publishes to all, and to two engines of
-the same layout.
+In CI one dense architecture and one with experts, each to two engines of other layouts than the other's.
+`pytest --all-architectures` publishes to all architectures, each in all layouts and to two engines of the same one.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def layouts(architecture: str, *, all_of_them: bool) -> list[dict[str, Any]]:
     """Return what is asked of each engine of a fleet."""
     if architecture in DENSE:
         stages = [TWO_STAGES] if architecture == "qwen2" else []
-        again = [{"cpu_cores": (1,), **ADAPTER}] if all_of_them else []
-        return [{"cpu_cores": (0,), **ADAPTER}, TWO_WORKERS | ADAPTER, *stages, *again]
+        again = [{"cpu_cores": (0,), **ADAPTER}, {"cpu_cores": (1,), **ADAPTER}] if all_of_them else []
+        return [TWO_WORKERS | ADAPTER, *stages, *again]
     again = [{"cpu_cores": (0,)}, {"cpu_cores": (1,)}, TWO_WORKERS | ADAPTER] if all_of_them else []
     return [TWO_WORKERS, {"cpu_cores": (0,), **ADAPTER}, *again]
 
