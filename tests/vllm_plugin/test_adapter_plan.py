@@ -138,7 +138,7 @@ def engine(
         running.call("shoal_learn", str(folders[1]))
         yield running
         llm.llm_engine.engine_core.shutdown()
-        # vLLM leaves variables of its workers behind, LOCAL_WORLD_SIZE among them, which other tests would take for theirs.
+        # vLLM leaves variables behind, LOCAL_WORLD_SIZE among them, which other tests would take for theirs.
         os.environ.clear()
         os.environ.update(environment)
 
