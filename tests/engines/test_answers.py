@@ -26,7 +26,7 @@ json_values = st.recursive(
 ids = st.lists(st.integers(-5, 2**33) | json_values, max_size=4)
 
 
-@settings(max_examples=500)
+@settings(max_examples=150)
 @given(ids | json_values, ids | json_values, st.sampled_from(["stop", "length", "abort"]) | json_values, st.booleans())
 def test_no_json_makes_a_completion_raise_anything_else(
     token_ids: Any, logprobs: Any, finish_reason: Any, was_cut: bool
@@ -61,7 +61,7 @@ names = st.sampled_from(["num_requests_running", "num_requests_waiting", "kv_cac
 values = st.sampled_from(["1", "nan", "inf", "-inf", "1e999", "-3", "x", "1_0", "0x1", "٣"]) | st.text(max_size=5)
 
 
-@settings(max_examples=500)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(names, st.text(max_size=5), values), max_size=6), st.text(max_size=30))
 def test_no_page_makes_metrics_raise(lines: list[tuple[str, str, str]], noise: str) -> None:
     page = "\n".join(f"vllm:{name}{{{labels}}} {value}" for name, labels, value in lines) + "\n" + noise
@@ -69,7 +69,7 @@ def test_no_page_makes_metrics_raise(lines: list[tuple[str, str, str]], noise: s
     assert report is None or isinstance(report, EngineReport)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(json_values | st.text(max_size=30))
 @pytest.mark.parametrize("kind", [SlicePlan, Agreement])
 def test_no_text_makes_what_engines_say_of_weights_raise_anything_else(kind: Any, value: Any) -> None:
@@ -78,7 +78,7 @@ def test_no_text_makes_what_engines_say_of_weights_raise_anything_else(kind: Any
         kind.from_json(text)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 @pytest.mark.parametrize("kind", [SlicePlan, Agreement])
 def test_no_value_in_them_makes_them_raise_anything_else(kind: Any, data: st.DataObject) -> None:

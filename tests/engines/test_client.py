@@ -273,18 +273,18 @@ def test_metrics_that_are_no_numbers_are_told(server: Server) -> None:
 
 def test_a_slow_completion_is_given_up_after_the_time_out_which_is_named(server: Server) -> None:
     server.say(GOOD)
-    server.delay_s = 20
+    server.delay_s = 300
     began = time.monotonic()
     message = failure(lambda: generate(client_of(server.url, request_timeout_s=0.5)))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     assert "did not answer /v1/completions within 0.5 s" in message and str(LOG) in message
 
 
 def test_a_slow_control_route_is_given_up_after_its_own_time_out(server: Server) -> None:
-    server.delay_s = 20
+    server.delay_s = 300
     began = time.monotonic()
     message = failure(lambda: client_of(server.url).post("/pause?mode=keep", None, 0.5))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     assert "did not answer /pause?mode=keep within 0.5 s" in message
 
 

@@ -107,7 +107,7 @@ def end(parent: subprocess.Popen[str], ending: str) -> None:
     parent.stdin.flush()
     if ending.startswith("SIG"):
         parent.send_signal(signal.Signals[ending])
-    parent.wait(timeout=20)
+    parent.wait(timeout=60)
 
 
 def start_guarded(command: list[str], marker: str, *options: str, parent: int | None = None) -> subprocess.Popen[str]:
@@ -145,20 +145,20 @@ def test_a_guard_that_is_told_to_end_ends_everything_first(number: signal.Signal
     assert guard.stdout is not None
     assert {guard.stdout.readline(), guard.stdout.readline()} == {"stubborn up\n", "command up\n"}
     guard.send_signal(number)
-    assert guard.wait(timeout=15) == 143
+    assert guard.wait(timeout=60) == 143
     assert carrying(marker) == []
 
 
 def test_a_command_that_ends_by_itself_gives_its_status_and_leaves_no_orphan(marker: str) -> None:
     command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SHORT!r}]); sys.exit(7)"
     guard = start_guarded([sys.executable, "-c", command], marker)
-    assert guard.wait(timeout=20) == 7
+    assert guard.wait(timeout=60) == 7
     assert carrying(marker) == []
 
 
 def test_a_command_that_is_killed_gives_a_status_that_is_not_zero(marker: str) -> None:
     guard = start_guarded([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], marker)
-    assert guard.wait(timeout=20) != 0
+    assert guard.wait(timeout=60) != 0
 
 
 def test_a_command_that_ends_politely_is_given_the_time_to_do_so(marker: str, tmp_path: Path) -> None:
@@ -169,12 +169,12 @@ def test_a_command_that_ends_politely_is_given_the_time_to_do_so(marker: str, tm
         f"    time.sleep(0.5); pathlib.Path({str(note)!r}).write_text('tidied up'); sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, end); print('up', flush=True); time.sleep(60)"
     )
-    guard = start_guarded([sys.executable, "-c", polite], marker, "--grace-s", "10")
+    guard = start_guarded([sys.executable, "-c", polite], marker, "--grace-s", "120")
     assert guard.stdout is not None and guard.stdout.readline() == "up\n"
     began = time.monotonic()
     guard.terminate()
-    assert guard.wait(timeout=15) == 143
-    assert time.monotonic() - began < 5  # no longer than it needs
+    assert guard.wait(timeout=150) == 143
+    assert time.monotonic() - began < 60  # no longer than it needs
     assert note.read_text() == "tidied up"
 
 
@@ -182,7 +182,7 @@ def test_a_parent_that_is_gone_before_the_guard_starts_ends_the_command_at_once(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     guard = start_guarded([sys.executable, "-c", "import time; time.sleep(60)"], marker, parent=gone.pid)
-    assert guard.wait(timeout=15) == 143
+    assert guard.wait(timeout=60) == 143
     assert carrying(marker) == []
 
 
@@ -191,13 +191,13 @@ def test_the_command_runs_on_the_given_cores_alone(marker: str) -> None:
     guard = start_guarded(
         [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"], marker, "--cores", str(core)
     )
-    out, _ = guard.communicate(timeout=20)
+    out, _ = guard.communicate(timeout=60)
     assert out.strip() == str([core])
 
 
 def test_a_command_that_cannot_be_run_is_an_error_that_says_so(marker: str) -> None:
     guard = start_guarded(["/nowhere/vllm"], marker)
-    out, _ = guard.communicate(timeout=20)
+    out, _ = guard.communicate(timeout=60)
     assert guard.returncode != 0
     assert "/nowhere/vllm" in out
 
@@ -218,7 +218,7 @@ def test_shared_memory_that_a_killed_command_leaves_is_removed_and_no_other(mark
             time.sleep(0.6)  # the guard looks a few times a second
             (command,) = psutil.Process(guard.pid).children()
             command.kill()
-            guard.wait(timeout=20)
+            guard.wait(timeout=60)
             assert [path.exists() for path in (own, common, foreign)] == [False, True, True]
     finally:
         for path in (own, common, foreign):

@@ -1,7 +1,8 @@
 """Real vLLM engines: who may talk to them, and that nothing of them is left however the trainer ends.
 
-Five small "trainers", one for each way to end, start an engine each side by side (starting is mostly importing) and
-wait. While they do, the engines' routes, sockets and command lines are looked at; then each trainer ends in its way.
+Small "trainers", one for each way to end, start an engine each side by side (starting is mostly importing) and wait.
+While they do, the engines' routes, sockets and command lines are looked at; then each trainer ends in its way. In CI
+one unwinds and one is gone at once; `pytest --all` ends one in each of the five ways.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ from shoal.vllm_plugin.gate import KEY_VARIABLE
 pytestmark = pytest.mark.engine
 
 ENDINGS = ("normal", "exception", "SIGINT", "SIGTERM", "SIGKILL")
+IN_CI = ("SIGINT", "SIGKILL")
+# Tokens that an engine takes. No machine is so slow to ask, nor so fast to write, that a completion of this length is
+# over when it is looked for.
+MAX_MODEL_LEN = 1024
+LONGEST = 1000
+WAIT_S = 120.0
+"""Longest that a test waits for what comes at once on an idle machine."""
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 TRAINER = """
@@ -47,7 +55,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ending, model_dir, port, log_dir, core = sys.argv[1:]
 spec = EngineSpec(
     name=f"engine-{ending}", model_dir=Path(model_dir), port=int(port), cuda_devices=(), cpu_cores=(int(core),),
-    tensor_parallel_size=1, pipeline_parallel_size=1, dtype="float32", max_model_len=128, gpu_memory_utilization=0.9,
+    tensor_parallel_size=1, pipeline_parallel_size=1, dtype="float32", max_model_len=1024, gpu_memory_utilization=0.9,
     cpu_kv_cache_gib=1, seed=0, extra_arguments={},
 )
 with Fleet.start([spec], log_dir=Path(log_dir), timeout_s=500, request_timeout_s=60) as fleet:
@@ -95,22 +103,37 @@ def ready(ending: str, process: subprocess.Popen[str], port: int, logs: Path) ->
     )
 
 
+def endings(config: pytest.Config) -> tuple[str, ...]:
+    return ENDINGS if config.getoption("--all") else IN_CI
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "ending" in metafunc.fixturenames:
+        metafunc.parametrize("ending", endings(metafunc.config))
+
+
 @pytest.fixture(scope="module")
-def trainers(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trainer]]:
+def trainers(
+    served_model_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    pytestconfig: pytest.Config,
+) -> Iterator[dict[str, Trainer]]:
     logs = tmp_path_factory.mktemp("logs")
-    ports = choose_ports(len(ENDINGS), None)
+    model_dir = change_config(served_model_dir, logs / "model", max_position_embeddings=MAX_MODEL_LEN)
+    names = endings(pytestconfig)
+    ports = choose_ports(len(names), None)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAINER, ending, str(served_model_dir), str(port), str(logs), str(index % 2)],
+            [sys.executable, "-c", TRAINER, ending, str(model_dir), str(port), str(logs), str(index % 2)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for index, (ending, port) in enumerate(zip(ENDINGS, ports, strict=True))
+        for index, (ending, port) in enumerate(zip(names, ports, strict=True))
     ]
     started: dict[str, Trainer] = {}
     try:
-        for ending, process, port in zip(ENDINGS, processes, ports, strict=True):
+        for ending, process, port in zip(names, processes, ports, strict=True):
             started[ending] = ready(ending, process, port, logs)
         yield started
     finally:
@@ -133,7 +156,7 @@ def routes_of(trainer: Trainer) -> set[tuple[str, str]]:
 
 
 def test_every_route_of_a_real_engine_refuses_whoever_does_not_have_the_key(trainers: dict[str, Trainer]) -> None:
-    trainer = trainers["normal"]
+    trainer = trainers["SIGINT"]
     routes = routes_of(trainer) | {("GET", path) for path in ("/metrics", "/docs", "/redoc", "/", "/nowhere")}
     for path in ("/pause", "/resume", "/update_weights", "/init_weight_transfer_engine", "/collective_rpc", "/sleep"):
         assert ("POST", path) in routes
@@ -154,7 +177,7 @@ def test_every_route_of_a_real_engine_refuses_whoever_does_not_have_the_key(trai
 def test_any_openai_client_can_talk_to_an_engine_with_the_key_and_gets_401_without(
     trainers: dict[str, Trainer],
 ) -> None:
-    trainer = trainers["normal"]
+    trainer = trainers["SIGINT"]
 
     def ask(key: str) -> str:
         with httpx.Client(trust_env=False) as connection:
@@ -164,15 +187,15 @@ def test_any_openai_client_can_talk_to_an_engine_with_the_key_and_gets_401_witho
         return f"{answer.usage.completion_tokens} tokens, {answer.choices[0].finish_reason}"
 
     assert ask(trainer.key) in ("5 tokens, length", *(f"{number} tokens, stop" for number in range(6)))
-    for key in ("wrong", trainers["SIGINT"].key):
+    for key in ("wrong", trainers["SIGKILL"].key):
         with pytest.raises(openai.AuthenticationError, match="401"):
             ask(key)
 
 
 def test_the_key_of_one_run_does_not_open_anothers_engine(trainers: dict[str, Trainer]) -> None:
-    assert len({trainer.key for trainer in trainers.values()}) == len(ENDINGS)
-    other = {"Authorization": f"Bearer {trainers['SIGINT'].key}"}
-    assert httpx.get(f"{trainers['normal'].url}/health", headers=other, trust_env=False).status_code == 401
+    assert len({trainer.key for trainer in trainers.values()}) == len(trainers)
+    other = {"Authorization": f"Bearer {trainers['SIGKILL'].key}"}
+    assert httpx.get(f"{trainers['SIGINT'].url}/health", headers=other, trust_env=False).status_code == 401
 
 
 def test_the_key_is_on_no_command_line_and_in_no_log(trainers: dict[str, Trainer]) -> None:
@@ -185,7 +208,7 @@ def test_the_key_is_on_no_command_line_and_in_no_log(trainers: dict[str, Trainer
             continue
         looked_at += "engine-" in line or "VLLM" in line
         assert not any(key in line for key in keys), process
-    assert looked_at >= len(ENDINGS)
+    assert looked_at >= len(trainers)
     for trainer in trainers.values():
         log = trainer.log_path.read_text()
         assert "Application startup complete" in log
@@ -215,15 +238,27 @@ def client_to(trainer: Trainer, *, has_plugin: bool) -> EngineClient:
     )
 
 
-def asked(seed: int, temperature: float = 1.0, *, prompt: int = 0, name: str = "", most: int = 100) -> RolloutRequest:
+def asked(
+    seed: int, temperature: float = 1.0, *, prompt: int = 0, name: str = "", most: int = 100, stops: bool = True
+) -> RolloutRequest:
     ids = tuple(3 + (prompt * 29 + 7 * place) % 250 for place in range(12))
-    sampling = SamplingSettings(temperature=temperature, max_tokens=most, stop_token_ids=(17,))
+    stop = (17,) if stops else ()
+    sampling = SamplingSettings(temperature=temperature, max_tokens=most, stop_token_ids=stop)
     return RolloutRequest(prompt_token_ids=ids, seed=seed, sampling=sampling, name=name)
 
 
+async def tokens_more(client: EngineClient, number: int) -> None:
+    """Wait until the engine has read and written so many tokens more."""
+    before = (await client.report()).num_tokens
+    assert before is not None
+    async with asyncio.timeout(WAIT_S):
+        while ((await client.report()).num_tokens or 0) < before + number:
+            await asyncio.sleep(0.05)
+
+
 async def running_now(client: EngineClient, number: int) -> None:
-    """Wait until the engine says that it writes so many completions."""
-    async with asyncio.timeout(30):
+    """Wait until the engine says that it writes so many completions, which are to be too long to end meanwhile."""
+    async with asyncio.timeout(WAIT_S):
         while (await client.report()).running != number:
             await asyncio.sleep(0.05)
 
@@ -232,7 +267,7 @@ def test_our_own_route_writes_what_vllms_route_writes_token_for_token(trainers: 
     requests = [asked(seed, temperature, prompt=seed % 3) for seed in range(8) for temperature in (0.0, 0.7, 1.0)]
 
     async def run() -> tuple[list[Rollout], list[Rollout]]:
-        ours, stock = (client_to(trainers["normal"], has_plugin=has_plugin) for has_plugin in (True, False))
+        ours, stock = (client_to(trainers["SIGINT"], has_plugin=has_plugin) for has_plugin in (True, False))
         try:
             return (
                 await asyncio.gather(*map(ours.generate, requests)),
@@ -256,31 +291,37 @@ def test_our_own_route_writes_what_vllms_route_writes_token_for_token(trainers: 
 def test_a_real_engine_hands_over_what_it_has_and_frees_the_slots_of_those_who_leave(
     trainers: dict[str, Trainer],
 ) -> None:
+    def endless(seed: int, name: str = "", most: int = LONGEST) -> RolloutRequest:
+        return asked(seed, name=name, most=most, stops=False)
+
     async def run() -> None:
-        client = client_to(trainers["normal"], has_plugin=True)
+        client = client_to(trainers["SIGINT"], has_plugin=True)
         try:
-            whole = await client.generate(asked(5, most=110))
-            long = asyncio.create_task(client.generate(asked(5, name="long", most=110)))
-            other = asyncio.create_task(client.generate(asked(6, name="other", most=110)))
+            start = (await client.generate(endless(5, most=100))).token_ids.tolist()
+            long = asyncio.create_task(client.generate(endless(5, "long")))
+            other = asyncio.create_task(client.generate(endless(6, "other")))
             await running_now(client, 2)
+            await tokens_more(client, 50)
             await client.cut("long")
             part = await long
-            assert part.finish_reason == "cut" and len(part.token_ids) < len(whole.token_ids)
-            assert part.token_ids.tolist() == whole.token_ids[: len(part.token_ids)].tolist()
-            await other
-            tasks = [asyncio.create_task(client.generate(asked(seed, most=110))) for seed in range(3)]
+            assert part.finish_reason == "cut" and 0 < len(part.token_ids) < LONGEST
+            assert part.token_ids.tolist()[: len(start)] == start[: len(part.token_ids)]
+            await running_now(client, 1)
+            other.cancel()
+            await running_now(client, 0)
+            tasks = [asyncio.create_task(client.generate(endless(seed))) for seed in range(3)]
             await running_now(client, 3)
             tasks[0].cancel()
             await running_now(client, 2)
             for task in tasks:
                 task.cancel()
             await running_now(client, 0)
-            gone = client_to(trainers["normal"], has_plugin=True)
-            task = asyncio.create_task(gone.generate(asked(7, most=110)))
+            gone = client_to(trainers["SIGINT"], has_plugin=True)
+            task = asyncio.create_task(gone.generate(endless(7)))
             await running_now(client, 1)
             await gone._async.aclose()  # as if its process were gone: the connection breaks
             await running_now(client, 0)
-            await asyncio.gather(task, *tasks, return_exceptions=True)
+            await asyncio.gather(other, task, *tasks, return_exceptions=True)
         finally:
             await client.aclose()
 
@@ -291,8 +332,8 @@ def test_a_real_engine_hands_over_what_it_has_and_frees_the_slots_of_those_who_l
     "body", [b"", b"{}", b"[" * 100_000, b'{"model":"policy","salt":"","flush_tokens":1,"prompts":[[]],"samples":[]}']
 )
 def test_a_malformed_order_gets_a_400_from_a_real_engine(body: bytes, trainers: dict[str, Trainer]) -> None:
-    headers = {"Authorization": f"Bearer {trainers['normal'].key}"}
-    url = f"{trainers['normal'].url}/shoal/generate"
+    headers = {"Authorization": f"Bearer {trainers['SIGINT'].key}"}
+    url = f"{trainers['SIGINT'].url}/shoal/generate"
     answer = httpx.post(url, content=body, headers=headers, timeout=10, trust_env=False)
     assert answer.status_code == 400 and "error" in answer.json()
 
@@ -301,11 +342,11 @@ def test_a_real_engine_refuses_one_sample_and_writes_the_others(trainers: dict[s
     requests = [
         asked(1),
         replace(asked(2), prompt_token_ids=(5, 100_000)),
-        replace(asked(3), prompt_token_ids=(5,) * 200),
+        replace(asked(3), prompt_token_ids=(5,) * (MAX_MODEL_LEN + 1)),
     ]
 
     async def run() -> list[Rollout | BaseException]:
-        client = client_to(trainers["normal"], has_plugin=True)
+        client = client_to(trainers["SIGINT"], has_plugin=True)
         try:
             return await asyncio.gather(*map(client.generate, requests), return_exceptions=True)
         finally:
@@ -318,7 +359,6 @@ def test_a_real_engine_refuses_one_sample_and_writes_the_others(trainers: dict[s
         assert says in str(refused)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
 def test_no_process_and_no_port_is_left_however_the_trainer_ends(ending: str, trainers: dict[str, Trainer]) -> None:
     trainer = trainers[ending]
     assert len(still_there(trainer.descendants)) >= 3  # guard, server, engine core at least
@@ -329,12 +369,12 @@ def test_no_process_and_no_port_is_left_however_the_trainer_ends(ending: str, tr
     if ending.startswith("SIG"):
         time.sleep(0.2)
         trainer.process.send_signal(signal.Signals[ending])
-    trainer.process.wait(timeout=40)
+    trainer.process.wait(timeout=WAIT_S)
     statuses = {"normal": {0}, "exception": {1}, "SIGINT": {-2, 130, 1}, "SIGTERM": {-15}, "SIGKILL": {-9}}
     assert trainer.process.returncode in statuses[ending]
     if ending in ("normal", "exception"):
         assert still_there(trainer.descendants) == []  # the trainer itself waited for them
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + WAIT_S
     while (left := still_there(trainer.descendants)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == []

@@ -109,7 +109,7 @@ def test_closing_ends_the_wait_between_attempts_and_what_is_under_way() -> None:
         assert first_wait_s or started.wait(20)
         began = time.monotonic()
         restarts.close()
-        assert time.monotonic() - began < 15 and given_up == []
+        assert time.monotonic() - began < 45 and given_up == []
         assert not restarts.begin("b", "it died")
         assert not [thread for thread in threading.enumerate() if thread.name == "restart a"]
     assert stopped.is_set()

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from shoal.bench.shapes import SHAPES, qwen3_config
 from shoal.errors import PlacementError
 from shoal.placement.architecture import FAMILIES, architecture_from_config
 
@@ -72,18 +73,7 @@ def test_any_shape_is_counted(family: str, heads: int, width: int, layers: int, 
 
 def test_published_sizes_come_out() -> None:
     # Qwen3-8B: 8,190,735,360 parameters (its model card says 8.2B); 36 layers x 8 heads x 128 x 2 x 2 bytes of KV.
-    qwen = {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": False,
-    }
-    found = architecture_from_config(qwen)
+    found = architecture_from_config(qwen3_config(SHAPES["qwen3-8b"]).to_dict())
     assert found.num_parameters == 8_190_735_360
     assert found.kv_bytes_per_token() == 147_456
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.bench.shapes import SHAPES, qwen3_config
 from shoal.errors import PlacementError
 from shoal.placement.architecture import architecture_from_config
 from shoal.placement.estimate import DEDICATED_SHARE, Estimate, Layout, estimate, with_best_budget
@@ -16,19 +17,7 @@ from shoal.placement.propose import check_fits, layouts, propose
 from shoal.placement.step_time import Workload, generation_seconds, publish_seconds, training_seconds
 from shoal.placement.trainer_memory import TrainerSetup, estimate_trainer_memory
 
-QWEN3_8B = architecture_from_config(
-    {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": False,
-    }
-)
+QWEN3_8B = architecture_from_config(qwen3_config(SHAPES["qwen3-8b"]).to_dict())
 QWEN3_1_7B = replace(
     QWEN3_8B,
     hidden=2048,

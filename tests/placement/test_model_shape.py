@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shoal.errors import PlacementError
-from shoal.placement.model_shape import read_model_shape, shape_from_config
+from shoal.placement.model_shape import read_model_config, shape_from_config
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_heads_and_layers_are_found(config: dict[str, Any], shape: tuple[int | N
 
 def test_a_checkpoint_s_folder_and_its_config_file_read_the_same(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
-    assert read_model_shape(tmp_path) == read_model_shape(tmp_path / "config.json")
+    assert read_model_config(tmp_path) == read_model_config(tmp_path / "config.json") == {"num_attention_heads": 4}
 
 
 @pytest.mark.parametrize("content", [None, "[]", "{"])
@@ -37,4 +37,4 @@ def test_a_checkpoint_without_a_readable_config_is_refused(tmp_path: Path, conte
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(PlacementError, match="Give the folder of a checkpoint"):
-        read_model_shape(tmp_path)
+        read_model_config(tmp_path)

@@ -192,7 +192,7 @@ def accepted(num_gpus: int, request: PlacementRequest) -> PlacementPlan | None:
         return None
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(num_gpus=st.integers(0, 9), request=REQUESTS)
 def test_what_holds_for_every_plan(num_gpus: int, request: PlacementRequest) -> None:
     plan = accepted(num_gpus, request)
@@ -245,7 +245,7 @@ def test_an_explicit_list_is_used_to_the_last_gpu_and_no_other_is(num_gpus: int,
     assert tuple(device.index for engine in plan.engines for device in engine.devices) == spec.indices
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(num_gpus=st.integers(0, 9), request=REQUESTS)
 def test_every_refusal_names_a_change_that_is_accepted(num_gpus: int, request: PlacementRequest) -> None:
     devices = hypothetical_gpus(range(num_gpus))

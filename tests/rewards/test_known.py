@@ -46,7 +46,7 @@ def test_an_answer_that_never_ends_is_wrong_and_the_next_is_judged(judge: MathJu
     began = time.monotonic()
     verdict = judge.judge(gold="$2$", answer=r"\boxed{9^{9^{9^9}}}")
     assert (verdict.correct, verdict.answer) == (False, "[timed out]")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert judge.judge(gold="$2$", answer=r"\boxed{2}").correct is True
 
 

@@ -240,7 +240,7 @@ def test_a_move_to_an_engine_that_was_lost_meanwhile_makes_the_sample_wait() -> 
 # ---- whatever happens ----
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.integers(0, 2**32))
 def test_whatever_happens_every_sample_is_in_one_place_and_no_bound_is_broken(seed: int) -> None:
     chance = random.Random(seed)
@@ -304,20 +304,28 @@ def test_the_same_events_give_the_same_choices() -> None:
     assert len(first) == 512
 
 
-def test_a_sample_costs_microseconds_with_a_thousand_engines() -> None:
-    made = dispatcher(1024, max_in_flight=32)
+def dispatching_s(num_engines: int) -> float:
+    """Return the CPU time of a sample where each engine writes 64, of which it has 32 under way."""
+    made = dispatcher(num_engines, max_in_flight=32)
+    num_samples = 64 * num_engines
     began = time.process_time()
-    for prompt in range(8192):
+    for prompt in range(num_samples // 8):
         made.submit(prompt, range(8 * prompt, 8 * prompt + 8))
     num_sent = len(homes(made))
-    while num_sent < 65536:
-        for engine in range(1024):
+    while num_sent < num_samples:
+        for engine in range(num_engines):
             for sample in made.samples_of(engine)[:4]:
                 made.end(sample)
             num_sent += len(homes(made))
             made.report(engine, report(made.in_flight(engine), kv_usage=0.5))
-    per_sample_us = (time.process_time() - began) / 65536 * 1e6
-    assert per_sample_us < 50, per_sample_us
+    return (time.process_time() - began) / num_samples
+
+
+def test_the_cost_of_a_sample_hardly_grows_with_the_number_of_engines() -> None:
+    """How many microseconds it is, `shoal bench rollouts --simulate` says; here, that none goes through all engines."""
+    few = min(dispatching_s(64) for _ in range(3))
+    many = min(dispatching_s(1024) for _ in range(2))
+    assert many < 5 * few, (few, many)  # a walk over all of them would make it sixteen times as much
 
 
 def test_an_engine_that_is_renewed_is_filled_as_one_that_never_reported() -> None:

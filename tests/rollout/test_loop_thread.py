@@ -29,8 +29,8 @@ async def answer() -> tuple[int, str]:
 
 
 def test_work_runs_on_the_loops_own_thread_and_its_value_comes_back(loop: LoopThread) -> None:
-    assert loop.run(answer(), timeout_s=5, what="an answer") == (42, "test loop")
-    assert loop.run(answer(), timeout_s=5, what="another")[0] == 42  # the same loop, again
+    assert loop.run(answer(), timeout_s=60, what="an answer") == (42, "test loop")
+    assert loop.run(answer(), timeout_s=60, what="another")[0] == 42  # the same loop, again
     assert threading.current_thread().name != "test loop"
 
 
@@ -41,7 +41,7 @@ def test_an_exception_of_the_work_passes_through_as_it_is(error: Exception, loop
         raise error
 
     with pytest.raises(type(error)) as raised:
-        loop.run(fail(), timeout_s=5, what="a failure")
+        loop.run(fail(), timeout_s=60, what="a failure")
     assert raised.value.args == error.args
 
 
@@ -50,7 +50,7 @@ def test_work_that_takes_too_long_is_named_and_cancelled(loop: LoopThread) -> No
 
     async def endless() -> None:
         try:
-            await asyncio.sleep(60)
+            await asyncio.sleep(300)
         except asyncio.CancelledError:
             cancelled.set()
             raise
@@ -58,9 +58,9 @@ def test_work_that_takes_too_long_is_named_and_cancelled(loop: LoopThread) -> No
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"waited 0\.5 s for the rollouts of step 3"):
         loop.run(endless(), timeout_s=0.5, what="the rollouts of step 3")
-    assert 0.4 < time.monotonic() - began < 3
-    assert cancelled.wait(2)
-    assert loop.run(answer(), timeout_s=5, what="an answer")[0] == 42  # and the loop goes on
+    assert 0.4 < time.monotonic() - began < 60
+    assert cancelled.wait(60)
+    assert loop.run(answer(), timeout_s=60, what="an answer")[0] == 42  # and the loop goes on
 
 
 def test_a_time_out_of_the_work_itself_is_not_taken_for_a_wait_that_goes_on(loop: LoopThread) -> None:
@@ -69,8 +69,8 @@ def test_a_time_out_of_the_work_itself_is_not_taken_for_a_wait_that_goes_on(loop
 
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="its own"):
-        loop.run(fail(), timeout_s=30, what="a failure")
-    assert time.monotonic() - began < 5
+        loop.run(fail(), timeout_s=300, what="a failure")
+    assert time.monotonic() - began < 60
 
 
 def test_closing_ends_the_thread_and_closing_again_does_nothing() -> None:
@@ -95,7 +95,7 @@ def test_closing_cancels_what_still_runs_and_lets_it_clean_up() -> None:
     async def start() -> asyncio.Task[None]:
         return asyncio.create_task(endless())
 
-    task = loop.run(start(), timeout_s=5, what="a task to start")
+    task = loop.run(start(), timeout_s=60, what="a task to start")
     time.sleep(0.05)
     loop.close()
     assert cleaned_up.is_set()
@@ -108,9 +108,9 @@ def test_work_after_closing_is_an_error_at_once() -> None:
     work = answer()
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="closed"):
-        loop.run(work, timeout_s=30, what="an answer")
+        loop.run(work, timeout_s=300, what="an answer")
     work.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 WAITS = """
@@ -140,7 +140,7 @@ def test_ctrl_c_interrupts_the_wait_and_cancels_the_work() -> None:
     try:
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=10)
+        out, _ = process.communicate(timeout=60)
         assert out.split() == ["cancelled", "interrupted"]
         assert process.returncode == 0
     finally:

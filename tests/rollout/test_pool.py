@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,11 +33,17 @@ def group(first_seed: int, size: int) -> list[RolloutRequest]:
 
 
 def pool_of(
-    engines: Sequence[Any], *, max_in_flight: int = 8, margin: int = 2, stall_s: float = 30.0, **watching: Any
+    engines: Sequence[Any],
+    *,
+    max_in_flight: int = 8,
+    margin: int = 2,
+    stall_s: float = 30.0,
+    poll_s: float = 0.05,
+    **watching: Any,
 ) -> EnginePool:
     """Return a pool of engines that hold the current weights."""
     dispatch = DispatchSettings(max_in_flight=max_in_flight, affinity_margin=margin)
-    pool = EnginePool(engines, PoolSettings(dispatch=dispatch, stall_s=stall_s, poll_s=0.05), **watching)
+    pool = EnginePool(engines, PoolSettings(dispatch=dispatch, stall_s=stall_s, poll_s=poll_s), **watching)
     pool.publishing(0)
     pool.proven(0, [engine.name for engine in engines])
     return pool
@@ -157,12 +162,12 @@ REFUSED = (3, 50)
 
 
 def test_a_request_that_is_refused_cancels_the_rest_of_its_group_and_raises_its_error() -> None:
-    engines = [Refusing(f"e{i}", delay_s=lambda seed: 0.01 if seed == 3 else 5.0) for i in range(2)]
+    engines = [Refusing(f"e{i}", delay_s=lambda seed: 0.01 if seed == 3 else 300.0) for i in range(2)]
     pool = pool_of(engines, max_in_flight=3)
 
     async def run() -> None:
         with pytest.raises(EngineRequestError, match=r"e[01] refuses sample 3"):
-            await asyncio.wait_for(pool.generate_group(group(0, 20)), timeout=2)
+            await asyncio.wait_for(pool.generate_group(group(0, 60)), timeout=60)
         assert [engine.running for engine in engines] == [0, 0]
         assert [load.running for load in pool.loads()] == [0, 0]
         assert sum(len(engine.requests) for engine in engines) <= 7  # those that waited were never sent
@@ -203,7 +208,7 @@ def test_a_group_cancelled_at_any_moment_gives_every_slot_back(ticks: int, max_i
         await asyncio.gather(task, return_exceptions=True)
         await asyncio.sleep(0.01)
         assert [load.running for load in pool.loads()] == [0, 0]
-        return len(await asyncio.wait_for(pool.generate_group(group(50, 6)), timeout=2))
+        return len(await asyncio.wait_for(pool.generate_group(group(50, 6)), timeout=60))
 
     assert asyncio.run(run()) == 6
 
@@ -233,7 +238,7 @@ def test_no_engine_is_asked_anything_before_it_is_proven_to_hold_the_current_wei
         pool.proven(3, ["e0"])  # an older version does not serve
         pool.proven(4, ["e2"])
         assert states(pool) == [State.STALE, State.STALE, State.READY]
-        return await asyncio.wait_for(task, 2)
+        return await asyncio.wait_for(task, 60)
 
     assert {rollout.engine for rollout in asyncio.run(run())} == {"e2"}
 
@@ -251,7 +256,7 @@ def test_while_weights_are_published_what_runs_goes_on_and_what_waits_waits() ->
         assert [load.done_samples for load in pool.loads()] == [2, 2]
         pool.proven(1, ["e0"])
         assert states(pool) == [State.READY, State.PAUSED]
-        return await asyncio.wait_for(task, 2)
+        return await asyncio.wait_for(task, 60)
 
     homes = Counter(rollout.engine for rollout in asyncio.run(run()))
     assert homes == {"e0": 7, "e1": 2}
@@ -304,14 +309,13 @@ def test_what_a_lost_engine_was_writing_is_written_by_others_and_it_is_asked_not
     async def run() -> tuple[Rollout, ...]:
         engines = [Mortal(f"e{i}", delay_s=lambda seed: 0.05) for i in range(3)]
         pool = pool_of(
-            engines, max_in_flight=4, stall_s=0.3, on_lost=lambda name, reason: bool(lost.__setitem__(name, reason))
+            engines, max_in_flight=4, stall_s=1.5, on_lost=lambda name, reason: bool(lost.__setitem__(name, reason))
         )
         async with pool.watching():
             task = asyncio.create_task(pool.generate_group(group(0, 24)))
-            await asyncio.sleep(0.01)
-            assert engines[1].running == 4  # it has work to lose
+            await until(lambda: engines[1].running == 4)  # it has work to lose
             engines[1].suffer(fate)
-            rollouts = await asyncio.wait_for(task, 10)
+            rollouts = await asyncio.wait_for(task, 60)
             while states(pool)[1] is not State.DEAD:
                 await asyncio.sleep(0.05)
         num_asked = len(engines[1].requests)
@@ -347,7 +351,7 @@ def test_an_engine_that_takes_work_and_never_writes_is_given_up_though_it_answer
             on_lost=lambda name, reason: bool(lost.__setitem__(name, reason)),
         )
         async with pool.watching():
-            return await asyncio.wait_for(pool.generate_group(group(0, 12)), 10)
+            return await asyncio.wait_for(pool.generate_group(group(0, 12)), 60)
 
     assert_exactly(asyncio.run(run()), range(12))
     assert "samples to write and wrote nothing for" in lost["hung"]
@@ -355,13 +359,13 @@ def test_an_engine_that_takes_work_and_never_writes_is_given_up_though_it_answer
 
 def test_a_slow_engine_that_goes_on_writing_is_not_given_up() -> None:
     async def run() -> list[State]:
-        slow = FakeEngine("slow", delay_s=lambda seed: 0.2 * (1 + seed))
-        pool = pool_of([slow], max_in_flight=8, stall_s=0.6)
+        slow = FakeEngine("slow", delay_s=lambda seed: 0.5 * (1 + seed))
+        pool = pool_of([slow], max_in_flight=8, stall_s=2.0)
         async with pool.watching():
-            await asyncio.wait_for(pool.generate_group(group(0, 7)), 10)
+            await asyncio.wait_for(pool.generate_group(group(0, 7)), 60)
         return states(pool)
 
-    assert asyncio.run(run()) == [State.READY]  # after 1.4 s, with a sample every 0.2 s
+    assert asyncio.run(run()) == [State.READY]  # after 3.5 s, with a sample every 0.5 s
 
 
 def test_the_end_of_a_process_is_noticed_before_any_time_out() -> None:
@@ -369,13 +373,13 @@ def test_the_end_of_a_process_is_noticed_before_any_time_out() -> None:
 
     async def run() -> tuple[Rollout, ...]:
         engines = [Mortal(f"e{i}", delay_s=lambda seed: 0.05) for i in range(2)]
-        pool = pool_of(engines, max_in_flight=8, stall_s=60.0, why_ended=ended.get)
+        pool = pool_of(engines, max_in_flight=8, stall_s=600.0, why_ended=ended.get)
         async with pool.watching():
             task = asyncio.create_task(pool.generate_group(group(0, 12)))
-            await asyncio.sleep(0.01)
+            await until(lambda: engines[0].running > 0)
             engines[0].suffer("frozen")
             ended["e0"] = "ended with status -9"
-            return await asyncio.wait_for(task, 5)
+            return await asyncio.wait_for(task, 60)
 
     assert_exactly(asyncio.run(run()), range(12))
 
@@ -387,16 +391,16 @@ def test_with_no_engine_left_the_error_tells_what_became_of_each() -> None:
         pool = pool_of(engines, max_in_flight=2, stall_s=0.2, why_ended=reasons.get)
         async with pool.watching():
             task = asyncio.create_task(pool.generate_group(group(0, 12)))
-            await asyncio.sleep(0.01)
+            await until(lambda: engines[0].running > 0)
             engines[0].suffer("frozen")
             engines[2].suffer("nonsense")
             with pytest.raises(EngineError) as failure:
-                await asyncio.wait_for(task, 10)
+                await asyncio.wait_for(task, 60)
         said = str(failure.value)
         assert said.startswith("no engine is left to write completions. e0: it did not answer for")
         assert "e1: ended with status -9: CUDA error (see e1.log)" in said and "not JSON" in said
         with pytest.raises(EngineError, match="no engine is left"):
-            await asyncio.wait_for(pool.generate_group(group(50, 2)), 2)
+            await asyncio.wait_for(pool.generate_group(group(50, 2)), 60)
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(run())
@@ -413,7 +417,7 @@ def test_an_engine_that_fails_for_a_moment_serves_again() -> None:
     async def run() -> tuple[tuple[Rollout, ...], list[State]]:
         pool = pool_of([Hiccup("only")], max_in_flight=4)
         async with pool.watching():
-            return await asyncio.wait_for(pool.generate_group(group(0, 8)), 10), states(pool)
+            return await asyncio.wait_for(pool.generate_group(group(0, 8)), 60), states(pool)
 
     rollouts, after = asyncio.run(run())
     assert_exactly(rollouts, range(8))
@@ -426,7 +430,7 @@ def test_a_sample_that_every_engine_fails_is_an_error_and_not_the_end_of_all_eng
         pool = pool_of(engines, max_in_flight=4)
         async with pool.watching():
             with pytest.raises(EngineFaultError, match="was told to fail"):
-                await asyncio.wait_for(pool.generate_group(group(0, 8)), 20)
+                await asyncio.wait_for(pool.generate_group(group(0, 8)), 60)
         assert sum(req.seed == 5 for engine in engines for req in engine.requests) == 3
         return states(pool)
 
@@ -441,7 +445,7 @@ def test_an_engine_that_fails_whatever_it_is_given_is_given_up_though_it_answers
         pool = pool_of(engines, max_in_flight=2, on_lost=lambda name, reason: bool(lost.__setitem__(name, reason)))
         async with pool.watching():
             while not lost:
-                await asyncio.wait_for(pool.generate_group(group(0, 8)), 20)
+                await asyncio.wait_for(pool.generate_group(group(0, 8)), 60)
 
     asyncio.run(run())
     assert "failed 3 times in a row" in lost["bad"]
@@ -474,7 +478,7 @@ def test_whatever_dies_whenever_every_sample_comes_once_while_one_engine_lives(
 
     async def run() -> list[tuple[Rollout, ...]]:
         engines = [Mortal(f"e{i}", delay_s=lambda s: 0.001 * (s % 5)) for i in range(num_engines)]
-        pool = pool_of(engines, max_in_flight=max_in_flight, stall_s=0.3)
+        pool = pool_of(engines, max_in_flight=max_in_flight, stall_s=0.6)
 
         async def reap() -> None:
             for engine in engines[1:]:
@@ -486,7 +490,7 @@ def test_whatever_dies_whenever_every_sample_comes_once_while_one_engine_lives(
         async with pool.watching():
             reaper = asyncio.create_task(reap())
             groups = [pool.generate_group(group(100 * i, size)) for i, size in enumerate(sizes)]
-            results = await asyncio.wait_for(asyncio.gather(*groups), 20)
+            results = await asyncio.wait_for(asyncio.gather(*groups), 60)
             await reaper
         assert [load.running for load in pool.loads()] == [0] * num_engines
         assert not pool._tickets and len(asyncio.all_tasks()) == 1
@@ -536,9 +540,9 @@ def test_what_a_lost_engine_had_sent_is_kept_and_only_the_rest_is_written_again(
     lost, other = Streaming("e0", fate), FakeEngine("e1")
 
     async def run() -> tuple[Rollout, ...]:
-        pool = pool_of([lost, other], max_in_flight=8, margin=8, stall_s=0.3)
+        pool = pool_of([lost, other], max_in_flight=8, margin=8, stall_s=1.0)
         async with pool.watching():
-            return await asyncio.wait_for(pool.generate_group(group(0, 4)), 20)
+            return await asyncio.wait_for(pool.generate_group(group(0, 4)), 60)
 
     rollouts = asyncio.run(run())
     assert len(lost.requests) == len(other.requests) == 4
@@ -579,15 +583,13 @@ def test_watching_costs_little_and_ends_with_its_context() -> None:
             return await super().report()
 
     engines = [Counting(f"e{i}") for i in range(3)]
-    pool = pool_of(engines)
+    pool = pool_of(engines, poll_s=300.0)
 
     async def run() -> None:
         async with pool.watching():
             async with pool.watching():
                 await asyncio.sleep(0.02)
-            began = time.monotonic()
             await asyncio.sleep(0.02)
-            assert time.monotonic() - began < 1
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(run())
@@ -621,7 +623,7 @@ async def run_unevenly(full: Filling, empty: Filling, monkeypatch: pytest.Monkey
     monkeypatch.setattr("shoal.rollout.dispatch._LEAST_AGE_S", 0.05)
     pool = pool_of([full, empty], max_in_flight=8, margin=100)
     async with pool.watching():
-        rollouts = await asyncio.wait_for(pool.generate_group(group(0, 4)), 10)
+        rollouts = await asyncio.wait_for(pool.generate_group(group(0, 4)), 60)
     assert [load.running for load in pool.loads()] == [0, 0]
     assert len(asyncio.all_tasks()) == 1
     return rollouts
@@ -754,7 +756,7 @@ def test_the_watch_ends_when_it_is_told_to_in_the_moment_of_an_answer(num_turns:
     async def run() -> None:
         engine = Asked("a")
         pool = pool_of([engine])
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             async with pool.watching():
                 await until(lambda: engine.answer is not None)
                 assert engine.answer is not None
@@ -766,6 +768,6 @@ def test_the_watch_ends_when_it_is_told_to_in_the_moment_of_an_answer(num_turns:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)

@@ -46,9 +46,9 @@ from shoal.wire.agreement import MODEL
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
-STALL_S = 8.0
+STALL_S = 15.0
 MOMENT_S = 2.0
-WAIT_S = 60.0
+WAIT_S = 120.0
 """Longest that a test waits for what comes at once on an idle machine."""
 COMEBACK_S = 400.0
 """Longest that an engine may take to come back, which is to start."""

@@ -1,6 +1,7 @@
 """Trainers on the CPU that attach to real engines which others have started, and leave them as usable as they were.
 
-One engine of `shoal serve` and one vLLM server without Shoal's plugin, started side by side, for all of it.
+One engine of `shoal serve` for all of it. `pytest --all` starts a vLLM server without Shoal's plugin beside it, which
+is refused on CPUs; in CI the engine answers what such a server is asked, and tests/engines/test_attach.py refuses one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pytest
 import torch
 
 from shoal import GRPOTrainer, vllm_compat
+from shoal.engines.probe import _stock_facts, probe
 from shoal.engines.process import choose_ports
 from shoal.errors import ConfigError
 from shoal.testing import tiny_model
@@ -51,10 +53,10 @@ sys.stdin.readline()
 
 @dataclass(frozen=True)
 class Served:
-    """Two running servers."""
+    """A running server, and maybe one without Shoal's plugin."""
 
     url: str
-    plain_url: str
+    plain_url: str | None
     key: str
     key_file: Path
     process: subprocess.Popen[str]
@@ -93,7 +95,9 @@ def ready(url: str, process: subprocess.Popen[Any], log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     key_file = folder / "key"
     key_file.touch(mode=0o600)
@@ -116,19 +120,21 @@ def served(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "GLOO_SOCKET_IFNAME": "lo",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
+    servers = [("ours", ours, environment, f"http://127.0.0.1:{port}")]
+    if pytestconfig.getoption("--all"):
+        servers.append(("plain", plain, plain_environment, f"http://127.0.0.1:{plain_port}"))
     processes = []
     try:
-        for name, command, variables in (("ours", ours, environment), ("plain", plain, plain_environment)):
+        for name, command, variables, _ in servers:
             with (folder / f"{name}.log").open("wb") as log:
                 processes.append(
                     subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True, text=True)
                 )
-        urls = [f"http://127.0.0.1:{number}" for number in (port, plain_port)]
-        for url, process, name in zip(urls, processes, ("ours", "plain"), strict=True):
+        for (name, _, _, url), process in zip(servers, processes, strict=True):
             ready(url, process, folder / f"{name}.log")
         yield Served(
-            url=urls[0],
-            plain_url=urls[1],
+            url=servers[0][3],
+            plain_url=servers[1][3] if len(servers) > 1 else None,
             key=key_file.read_text().strip(),
             key_file=key_file,
             process=processes[0],
@@ -214,6 +220,13 @@ def test_an_openai_client_without_the_key_gets_401(served: Served) -> None:
             client.completions.create(model="policy", prompt="a", max_tokens=1)
 
 
+def test_vllms_own_routes_say_of_an_engine_what_the_plugin_says_of_it(served: Served) -> None:
+    headers = {"Authorization": f"Bearer {served.key}"}
+    with httpx.Client(base_url=served.url, headers=headers, timeout=120, trust_env=False) as client:
+        stock = _stock_facts(client, served.url, "policy")
+    assert stock == replace(probe(served.url, served.key, 60.0), has_plugin=False, model=None)
+
+
 def test_what_cannot_work_is_refused_before_anything_is_sent(
     make_attached: Callable[..., Any], make_served_model: Callable[..., Any], served: Served, tmp_path: Path
 ) -> None:
@@ -228,11 +241,10 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(
             {"model": make_served_model(max_position_embeddings=512), "max_completion_length": 300},
         ),
         ("another model.*hidden_size=128 instead of 64", {"model": tiny_model()}),
-        (
-            "without Shoal's plugin and runs on CPUs.*Start it with `shoal serve`",
-            {"model": model, "vllm_server_base_urls": [served.plain_url]},
-        ),
     ]
+    if served.plain_url is not None:
+        plain = {"model": model, "vllm_server_base_urls": [served.plain_url]}
+        cases.append(("without Shoal's plugin and runs on CPUs.*Start it with `shoal serve`", plain))
     for message, changes in cases:
         with pytest.raises(ConfigError, match=message):
             make_attached(**changes).train()

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
 from shoal import GRPOConfig
-from shoal.data.micro_batch import build_micro_batch
 from shoal.errors import ConfigError
 from shoal.testing import tiny_model
 from shoal.trainer.attention import (
@@ -27,7 +25,7 @@ from shoal.trainer.attention import (
 )
 from shoal.trainer.forward import packed_logprobs, packs_exactly
 from shoal.trainer.model import load_policy
-from shoal.types import MicroBatch, Sequence
+from shoal.types import MicroBatch
 
 EVERYTHING = Available(flash_attention_3=True, flash_attention_2=True, varlen=True)
 STAND_IN = "varlen_stand_in"
@@ -56,21 +54,6 @@ class StandIn:
         return torch.cat(parts)
 
 
-def make_batch() -> MicroBatch:
-    random = np.random.default_rng(0)
-    sequences = [
-        Sequence(
-            token_ids=random.integers(3, 250, prompt + completion),
-            prompt_length=prompt,
-            advantage=1.0,
-            rollout_logprobs=np.zeros(completion, np.float32),
-            in_loss=True,
-        )
-        for prompt, completion in ((1, 1), (5, 7), (1, 12), (5, 7), (3, 20))
-    ]
-    return build_micro_batch(sequences, [1.0] * len(sequences))
-
-
 def run(model: Any, batch: MicroBatch, *, told: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     found = packed_logprobs(model, batch, temperature=1.0, keeps_logits=True, takes_boundaries=told).logprobs
@@ -80,25 +63,26 @@ def run(model: Any, batch: MicroBatch, *, told: bool = False) -> tuple[torch.Ten
 
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_a_variable_length_kernel_gives_what_the_block_mask_gives(told: bool, checkpointing: bool) -> None:
+def test_a_variable_length_kernel_gives_what_the_block_mask_gives(
+    told: bool, checkpointing: bool, batch: MicroBatch
+) -> None:
     kernel = StandIn()
     register_varlen(kernel, STAND_IN)
     plain = tiny_model(dtype=torch.float64, attn_implementation="sdpa").train()
     model = tiny_model(dtype=torch.float64, attn_implementation=STAND_IN).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    batch = make_batch()
     expected, gradients = run(plain, batch)
     found, mine = run(model, batch, told=told)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for name, value in gradients.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-8, atol=1e-10)
-    assert kernel.boundaries[0].tolist() == [0, 2, 14, 27, 39, 62]
+    assert kernel.boundaries[0].tolist() == [0, 2, 14, 27, 39, 71, 94]
     if told:
         # Computed once, and not again in each layer.
         assert len({id(places) for places in kernel.boundaries}) == 1 and len(kernel.boundaries) >= 2
-    wrong = torch.tensor([0, 62], dtype=torch.int32)
-    attention = {"cu_seq_lens_q": wrong, "cu_seq_lens_k": wrong, "max_length_q": 62, "max_length_k": 62}
+    wrong = torch.tensor([0, 94], dtype=torch.int32)
+    attention = {"cu_seq_lens_q": wrong, "cu_seq_lens_k": wrong, "max_length_q": 94, "max_length_k": 94}
     with torch.no_grad():  # the control: one long sequence
         ids, positions = batch.input_ids[None], batch.position_ids[None]
         logits = model(input_ids=ids, position_ids=positions, use_cache=False, **attention).logits

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,13 +14,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoal.algorithm.truncation import Truncation
-from shoal.data.micro_batch import build_micro_batch
 from shoal.errors import ConfigError
 from shoal.testing import tiny_model
 from shoal.trainer.forward import packed_logprobs, takes_logits_to_keep
 from shoal.trainer.logprob_head import LogprobHead, replace_head
 from shoal.trainer.policy_logprobs import PolicyLogprobs
-from shoal.types import MicroBatch, Sequence
+from shoal.types import MicroBatch
 
 VOCABULARY = 320
 CPU = torch.device("cpu")
@@ -60,43 +58,30 @@ def member(family: str) -> Any:
     return model.double().eval()
 
 
-def make_batch() -> MicroBatch:
-    random = np.random.default_rng(0)
-    sequences = [
-        Sequence(
-            token_ids=random.integers(3, 250, prompt + completion),
-            prompt_length=prompt,
-            advantage=1.0,
-            rollout_logprobs=np.zeros(completion, np.float32),
-            in_loss=True,
-        )
-        for prompt, completion in ((1, 1), (5, 7), (1, 12), (30, 2), (3, 20))
-    ]
-    return build_micro_batch(sequences, [1.0] * len(sequences))
-
-
 def decided(model: Any, *, called: Any = None, **settings: Any) -> PolicyLogprobs:
     logprobs = PolicyLogprobs(model, **({"temperature": 0.8} | settings))
     logprobs.decide(model if called is None else called, vocabulary=VOCABULARY, device=CPU, all_agree=lambda yes: yes)
     return logprobs
 
 
-def gradients(model: Any, called: Any, logprobs: PolicyLogprobs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(
+    model: Any, called: Any, logprobs: PolicyLogprobs, batch: MicroBatch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logprobs, and the gradient of some weighted sum of them."""
     model.zero_grad()
-    found = logprobs.of_policy(called, make_batch()).logprobs
+    found = logprobs.of_policy(called, batch).logprobs
     (found * torch.linspace(-1, 2, len(found), dtype=found.dtype)).sum().backward()  # type: ignore[no-untyped-call]
     return found.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(model: Any, called: Any = None, *, tolerance: float = 1e-9, **settings: Any) -> None:
+def assert_same(batch: MicroBatch, model: Any, called: Any = None, *, tolerance: float = 1e-9, **settings: Any) -> None:
     """Logprobs and all gradients are those from logits; `fused=True` raises where it is not fused."""
     called = model if called is None else called
     from_logits = decided(model, called=called, **settings, fused=False)
-    expected, plain = gradients(model, called, from_logits)
+    expected, plain = gradients(model, called, from_logits, batch)
     fused = decided(model, called=called, **settings, fused=True)
     assert fused.is_fused and not from_logits.is_fused
-    found, mine = gradients(model, called, fused)
+    found, mine = gradients(model, called, fused, batch)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert mine.keys() == plain.keys()
     for name, value in plain.items():
@@ -104,15 +89,15 @@ def assert_same(model: Any, called: Any = None, *, tolerance: float = 1e-9, **se
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_logprobs_and_gradients_of_each_family_are_those_from_logits(family: str) -> None:
+def test_logprobs_and_gradients_of_each_family_are_those_from_logits(family: str, batch: MicroBatch) -> None:
     # A model's own float32 step (Granite, Cohere) or the inverse of the cap leave a rounding.
-    assert_same(member(family), tolerance=1e-6)
+    assert_same(batch, member(family), tolerance=1e-6)
 
 
-def test_truncated_logprobs_too() -> None:
+def test_truncated_logprobs_too(batch: MicroBatch) -> None:
     truncation = Truncation(top_k=20, top_p=0.9)
-    assert_same(tiny_model(dtype=torch.float64), truncation=truncation)
-    model, batch = tiny_model(dtype=torch.float64), make_batch()
+    assert_same(batch, tiny_model(dtype=torch.float64), truncation=truncation)
+    model = tiny_model(dtype=torch.float64)
     whole, cut = decided(model), decided(model, truncation=truncation)
     assert (whole.of_policy(model, batch).logprobs - cut.of_policy(model, batch).logprobs).abs().max() > 0.1
     # A reference model's are of its whole distribution.
@@ -120,15 +105,15 @@ def test_truncated_logprobs_too() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_and_untied_heads_have_the_right_gradient(tied: bool) -> None:
-    assert_same(tiny_model(dtype=torch.float64, tie_word_embeddings=tied))
+def test_tied_and_untied_heads_have_the_right_gradient(tied: bool, batch: MicroBatch) -> None:
+    assert_same(batch, tiny_model(dtype=torch.float64, tie_word_embeddings=tied))
 
 
-def test_adapters_around_the_head_leave_it_right() -> None:
+def test_adapters_around_the_head_leave_it_right(batch: MicroBatch) -> None:
     inner = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    assert_same(get_peft_model(tiny_model(dtype=torch.float64), inner))
+    assert_same(batch, get_peft_model(tiny_model(dtype=torch.float64), inner))
     whole = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
-    assert_same(get_peft_model(tiny_model(dtype=torch.float64, tie_word_embeddings=False), whole))
+    assert_same(batch, get_peft_model(tiny_model(dtype=torch.float64, tie_word_embeddings=False), whole))
 
 
 def test_an_adapted_head_goes_through_logits() -> None:
@@ -139,12 +124,12 @@ def test_an_adapted_head_goes_through_logits() -> None:
         decided(model, fused=True)
 
 
-def test_a_head_with_a_hook_goes_through_logits_which_the_hook_expects() -> None:
+def test_a_head_with_a_hook_goes_through_logits_which_the_hook_expects(batch: MicroBatch) -> None:
     model, shapes = tiny_model(dtype=torch.float64), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[-1]))
     logprobs = decided(model)
     assert not logprobs.is_fused
-    logprobs.of_policy(model, make_batch())
+    logprobs.of_policy(model, batch)
     assert shapes == [VOCABULARY]
 
 
@@ -162,9 +147,8 @@ class Shifted(nn.Module):
         return output
 
 
-def test_a_model_that_does_something_else_to_its_logits_is_found_out() -> None:
+def test_a_model_that_does_something_else_to_its_logits_is_found_out(batch: MicroBatch) -> None:
     model = Shifted(tiny_model(dtype=torch.float64))
-    batch = make_batch()
     expected = packed_logprobs(model, batch, temperature=0.8, keeps_logits=False).logprobs
     logprobs = decided(model)
     assert not logprobs.is_fused
@@ -191,15 +175,15 @@ def test_the_model_is_otherwise_as_it_was() -> None:
     model.load_state_dict(other.state_dict())
 
 
-def test_a_copy_of_the_model_answers_too() -> None:
-    model, batch = tiny_model(dtype=torch.float64), make_batch()
+def test_a_copy_of_the_model_answers_too(batch: MicroBatch) -> None:
+    model = tiny_model(dtype=torch.float64)
     logprobs = decided(model)
     other = copy.deepcopy(model)
     assert other.lm_head.weight is not model.lm_head.weight
     assert torch.equal(logprobs.of_reference(other, batch), logprobs.of_policy(model, batch).logprobs)
 
 
-def test_a_model_without_logits_to_keep_answers_from_the_rows_that_count() -> None:
+def test_a_model_without_logits_to_keep_answers_from_the_rows_that_count(batch: MicroBatch) -> None:
     class All(nn.Module):
         def __init__(self, model: Any) -> None:
             super().__init__()
@@ -210,11 +194,11 @@ def test_a_model_without_logits_to_keep_answers_from_the_rows_that_count() -> No
 
     model = All(tiny_model(dtype=torch.float64))
     assert not takes_logits_to_keep(model)
-    assert_same(model)
+    assert_same(batch, model)
 
 
-def test_under_autocast_the_products_are_in_bfloat16_as_from_logits() -> None:
-    model, batch = tiny_model(), make_batch()
+def test_under_autocast_the_products_are_in_bfloat16_as_from_logits(batch: MicroBatch) -> None:
+    model = tiny_model()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         expected = decided(model, fused=False).of_policy(model, batch).logprobs
         found = decided(model, fused=True).of_policy(model, batch).logprobs
@@ -223,16 +207,16 @@ def test_under_autocast_the_products_are_in_bfloat16_as_from_logits() -> None:
     assert (found - exact).abs().max() > 1e-3  # the control: bfloat16 shows
 
 
-def test_compiled_models_answer_too() -> None:
+def test_compiled_models_answer_too(batch: MicroBatch) -> None:
     model = tiny_model(dtype=torch.float64)
-    assert_same(model, torch.compile(model, backend="eager"), tolerance=1e-8)
+    assert_same(batch, model, torch.compile(model, backend="eager"), tolerance=1e-8)
 
 
-def test_gradient_checkpointing_does_not_disturb_it() -> None:
+def test_gradient_checkpointing_does_not_disturb_it(batch: MicroBatch) -> None:
     model = tiny_model(dtype=torch.float64)
     model.gradient_checkpointing_enable()
     model.train()
-    assert_same(model)
+    assert_same(batch, model)
 
 
 @pytest.fixture
@@ -255,21 +239,20 @@ def full(values: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_fsdp2_gathers_the_head_and_finds_its_gradient(one_process_group: None, tied: bool) -> None:
+def test_fsdp2_gathers_the_head_and_finds_its_gradient(one_process_group: None, tied: bool, batch: MicroBatch) -> None:
     plain = tiny_model(dtype=torch.float64, tie_word_embeddings=tied)
-    expected, gradient = gradients(plain, plain, decided(plain, fused=False))
+    expected, gradient = gradients(plain, plain, decided(plain, fused=False), batch)
     model = tiny_model(dtype=torch.float64, tie_word_embeddings=tied)
     logprobs = PolicyLogprobs(model, temperature=0.8, fused=True)
     model = shard(model)
     logprobs.decide(model, vocabulary=VOCABULARY, device=CPU, all_agree=lambda yes: yes)
-    found, mine = gradients(model, model, logprobs)
+    found, mine = gradients(model, model, logprobs, batch)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for name, value in full(mine).items():
         torch.testing.assert_close(value, gradient[name], rtol=1e-8, atol=1e-10)
 
 
-def test_fsdp2s_output_in_bfloat16_costs_the_logprobs_no_digit(one_process_group: None) -> None:
-    batch = make_batch()
+def test_fsdp2s_output_in_bfloat16_costs_the_logprobs_no_digit(one_process_group: None, batch: MicroBatch) -> None:
 
     def with_output(dtype: torch.dtype | None) -> torch.Tensor:
         model = tiny_model()

@@ -11,7 +11,7 @@ import torch
 
 Tensors: TypeAlias = dict[str, torch.Tensor]
 
-ROUNDS = 3
+ROUNDS = 2
 # Heads are 32 wide at least: vLLM's CPU attention asks for it. The vocabulary is no multiple of 64: vLLM pads it.
 SIZES: dict[str, Any] = {
     "vocab_size": 100,

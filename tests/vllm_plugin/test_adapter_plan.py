@@ -1,8 +1,12 @@
-"""Adapters in real vLLM engines: written in place, they are what vLLM's own loading makes of them, bit for bit."""
+"""Adapters in real vLLM engines: written in place, they are what vLLM's own loading makes of them, bit for bit.
+
+In CI in an engine with two workers; `pytest --all` has it done in one with a single worker too.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,7 +86,13 @@ def save_adapter(policy: Any, folder: Path) -> None:
     LoraConfig(r=config.r, lora_alpha=config.r, target_modules=LINEAR).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine" in metafunc.fixturenames:
+        sizes = [1, 2] if metafunc.config.getoption("--all") else [2]
+        metafunc.parametrize("engine", sizes, ids=[f"tp{size}" for size in sizes], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def engine(
     request: pytest.FixtureRequest, make_served_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
@@ -98,6 +108,7 @@ def engine(
         ):
             patch.setenv(name, value)
         patch.syspath_prepend(str(Path(__file__).parent))
+        environment = dict(os.environ)
         from vllm import LLM
 
         folder = tmp_path_factory.mktemp("adapters")
@@ -127,6 +138,9 @@ def engine(
         running.call("shoal_learn", str(folders[1]))
         yield running
         llm.llm_engine.engine_core.shutdown()
+        # vLLM leaves variables behind, LOCAL_WORLD_SIZE among them, which other tests would take for theirs.
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def test_written_in_place_an_adapter_is_bit_for_bit_what_vllm_loads(engine: Engine) -> None:

@@ -106,20 +106,20 @@ def test_one_trainer_holds_an_engine_and_its_end_lets_the_engine_go_on() -> None
     async def run() -> None:
         routes, engine = AttachRoutes(_nowhere), Engine()
         first = Connection(routes, engine, "POST", HOLD_PATH, {"trainer": "one"})
-        await asyncio.wait_for(first.beat.wait(), 5)
+        await asyncio.wait_for(first.beat.wait(), 60)
         assert first.status == 200 and engine.num_resumed == 0
         second = Connection(routes, engine, "POST", HOLD_PATH, {"trainer": "two"})
         await second.task
         assert (second.status, second.json()) == (409, {"trainer": "one"})
         assert engine.num_resumed == 0  # the one that was refused changes nothing
         first.leave()
-        await asyncio.wait_for(first.task, 5)
+        await asyncio.wait_for(first.task, 60)
         assert engine.num_resumed == 1
         third = Connection(routes, engine, "POST", HOLD_PATH, {"trainer": "three"})
-        await asyncio.wait_for(third.beat.wait(), 5)
+        await asyncio.wait_for(third.beat.wait(), 60)
         assert third.status == 200
         third.leave()
-        await asyncio.wait_for(third.task, 5)
+        await asyncio.wait_for(third.task, 60)
         assert engine.num_resumed == 2
 
     asyncio.run(run())
@@ -129,9 +129,9 @@ def test_a_hold_that_is_cancelled_lets_the_engine_go_on_too() -> None:
     async def run() -> None:
         routes, engine = AttachRoutes(_nowhere), Engine()
         held = Connection(routes, engine, "POST", HOLD_PATH, {"trainer": "one"})
-        await asyncio.wait_for(held.beat.wait(), 5)
+        await asyncio.wait_for(held.beat.wait(), 60)
         held.task.cancel()
-        await asyncio.wait({held.task}, timeout=5)
+        await asyncio.wait({held.task}, timeout=60)
         assert engine.num_resumed == 1
 
     asyncio.run(run())

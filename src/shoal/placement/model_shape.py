@@ -47,11 +47,6 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def read_model_shape(model: Path) -> ModelShape:
-    """Read the shape from a checkpoint's folder, or from a `config.json` itself; see `read_model_config`."""
-    return shape_from_config(read_model_config(model))
-
-
 def read_model_config(model: Path) -> Mapping[str, Any]:
     """Read the configuration from a checkpoint's folder, or from a `config.json` itself.
 

@@ -65,6 +65,7 @@ def main() -> None:
 
 def publish_three_times(source: str, task: dict[str, Any], *, rank: int, num_ranks: int) -> None:
     trained, reference = prepare(source, task["architecture"])
+    engines = [engine for engine in task["engines"] if engine["serves_adapter"] or source != "adapter"]
     if source == "adapter":
         sources: Any = {MODEL: make_source(trained, merges_adapters=False), ADAPTER: AdapterSource(trained)}
     else:
@@ -78,19 +79,20 @@ def publish_three_times(source: str, task: dict[str, Any], *, rank: int, num_ran
             request_timeout_s=90,
             model=engine["answers_as"] if source == "adapter" else SERVED_MODEL_NAME,
         )
-        for engine in (task["engines"] if rank == 0 else [])
+        for engine in (engines if rank == 0 else [])
     ]
     publisher = WeightPublisher(
         sources,
         [
             EngineAddress(client=client, num_workers=engine["workers"], backend="gloo")
-            for client, engine in zip(clients, task["engines"], strict=False)
+            for client, engine in zip(clients, engines, strict=False)
         ],
         ranks=Exchange(rank=rank, world_size=num_ranks, device=CPU),
         device=CPU,
         settings=PublishSettings(host="127.0.0.1", timeout_s=120, verify="full", batch_bytes=1 << 16),
     )
     publisher.connect()
+    writers = [client for client, engine in zip(clients, engines, strict=False) if engine["writes_text"]]
     loop = asyncio.new_event_loop()
     texts: list[list[list[int]]] = []
     for version in range(3):
@@ -98,9 +100,9 @@ def publish_three_times(source: str, task: dict[str, Any], *, rank: int, num_ran
             move(trained, reference, seed=version)
         report = publisher.publish(version)
         assert not report.lost and report.num_digests > 0, report
-        if rank == 0 and task["compares_text"]:
+        if writers:
             wanted = greedy_texts(reference, PROMPTS, max_tokens=NUM_TOKENS, stop_token_id=EOS)
-            for client, answers in zip(clients, loop.run_until_complete(ask(clients)), strict=True):
+            for client, answers in zip(writers, loop.run_until_complete(ask(writers)), strict=True):
                 assert answers == wanted, (version, client.name, answers, wanted)
             texts.append(wanted)
     if texts:

@@ -255,7 +255,7 @@ def test_the_base_weights_do_not_change_by_a_bit_over_many_publishes() -> None:
     before = {name: value.clone() for name, value in parameters(model).items() if "lora_" not in name}
     first = sent(model)
     source = make_source(model)
-    for seed in range(1000):
+    for seed in range(100):  # merging and unmerging in place has drifted after 20
         randomise_adapter(model, seed)
         for _ in source.tensors():
             pass
