@@ -9,7 +9,7 @@ from pathlib import Path
 from shoal.bench.shapes import SHAPES, shape_name
 
 
-def add_shape_argument(parser: argparse.ArgumentParser) -> None:
+def add_shape_argument(parser: argparse._ActionsContainer) -> None:
     """Declare `--model-shape`, which all benchmarks with engines have."""
     parser.add_argument(
         "--model-shape",
