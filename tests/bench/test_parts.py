@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import pytest
 import torch
 
 from shoal.bench.children import StageError, run_children
 from shoal.bench.load import RunningLoad
-from shoal.bench.memory import MemoryWatch, parse_used_bytes
+from shoal.bench.memory import MemoryWatch, outside_torch, parse_used_bytes
 from shoal.bench.model import build_model, change_weights, make_sources, parameters_of
 from shoal.bench.native import why_not
 from shoal.bench.raw import _Member, measure_raw
@@ -150,6 +154,29 @@ def test_a_child_that_fails_or_hangs_is_told_and_not_waited_for() -> None:
     with pytest.raises(StageError, match=r"it took more than 0\.5 s"):
         run_children("shoal.bench.raw", [(CPU.to_json(), "0", "1")], timeout_s=0.5)
     assert time.monotonic() - began < 100
+
+
+def test_what_a_stage_has_started_ends_with_it_also_when_the_stage_does_not_see_to_it(tmp_path: Path) -> None:
+    (tmp_path / "leaves_one.py").write_text(
+        "import json, os, subprocess, sys\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "open(sys.argv[1], 'w').write(json.dumps(left.pid))\n"
+        "sys.stdout.flush(); os._exit(0)\n"
+    )
+    left = run_children("leaves_one", [()], timeout_s=60, environment=os.environ | {"PYTHONPATH": str(tmp_path)})
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(left).wait(timeout=60)
+
+
+def test_memory_that_is_given_back_between_two_readings_is_not_taken_for_somebody_elses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probe = outside_torch(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20, 100))
+    for readings, outside in (([70, 70], 10), ([70, 0], 10), ([0, 70], 10), ([0, 0], 80)):
+        reserved = iter(readings)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, reserved=reserved: next(reserved))
+        assert probe() == outside
 
 
 def test_memory_is_the_peak_beyond_the_start() -> None:

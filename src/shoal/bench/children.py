@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal.bench.process_group import end_group
 from shoal.engines.command import LOOPBACK, without_launcher_variables
 from shoal.engines.process import reason_in, tail
 from shoal.errors import ShoalError
@@ -52,15 +53,18 @@ def run_children(
                     command = [sys.executable, "-m", module, str(answer), *words]
                     children.append(
                         subprocess.Popen(
-                            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+                            command,
+                            env=environment,
+                            stdin=subprocess.DEVNULL,
+                            stdout=file,
+                            stderr=subprocess.STDOUT,
+                            start_new_session=True,
                         )
                     )
             _wait(children, logs, timeout_s)
         finally:
             for child in children:
-                if child.poll() is None:
-                    child.kill()
-                child.wait()
+                end_group(child)  # vLLM's processes outlive the one that started them
         return json.loads(answer.read_text())
 
 

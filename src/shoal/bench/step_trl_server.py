@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from shoal.bench.launch import end_group
+from shoal.bench.process_group import end_group
 from shoal.bench.step_settings import StepSettings
 from shoal.engines.command import LOOPBACK, without_launcher_variables
 from shoal.engines.process import choose_ports
