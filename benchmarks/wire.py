@@ -4,6 +4,10 @@
     python benchmarks/wire.py --backend ipc --gib 16 --tensors 399       # 1 GPU, or 2 with --worker-gpu 1
     python benchmarks/wire.py --backend gloo --gib 0.25 --tensors 399    # no GPU
 
+Then with both ends digesting what travels, as a publish does: once all is there (`digests_end`), or each batch while
+the next is on its way (`digests_overlapped`), beside none at all (`digests_none`). These end when both ends have met.
+`TORCH_NCCL_HIGH_PRIORITY=1` puts NCCL's kernels before others that wait for the GPU.
+
 The last line is one JSON object. Rates are in GB/s (10^9 bytes), the median over the repeats; a repeat is timed on
 the sender from the first call to the end of `finish`, which for all but Gloo means that the receiver has everything.
 `batch_isend_irecv` and `broadcast` need a torch process group, hence are missing beside `ipc` on one GPU, where NCCL
@@ -13,6 +17,7 @@ refuses two processes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -26,7 +31,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from shoal.protocols import Parcel
+from shoal.protocols import Parcel, Pending, WeightTransport
+from shoal.wire.digest import DigestPlan, Run, unsigned
 from shoal.wire.rendezvous import Store, host_store, join_store
 from shoal.wire.transport import DEFAULT_STAGING_BYTES, make_transport
 
@@ -105,7 +111,7 @@ def _member(arguments: argparse.Namespace, store: Store, rank: int) -> dict[str,
 
     num_bytes = sum(tensor.nbytes for tensor in tensors)
 
-    def rate(name: str, transfer: Callable[[], None]) -> None:
+    def rate(name: str, transfer: Callable[[], object]) -> None:
         seconds = []
         for repeat in range(arguments.repeats + 1):
             meet(f"{name}/{repeat}")
@@ -119,6 +125,7 @@ def _member(arguments: argparse.Namespace, store: Store, rank: int) -> dict[str,
     if rank == 1:
         assert all(bool((tensor == index % 251).all()) for index, tensor in enumerate(tensors)), "wrong values arrived"
     meet("checked")
+    _rate_digests(transport, rank, batches, rate, meet)
     if arguments.backend != "ipc" or arguments.worker_gpu != 0:
         _rate_torch(arguments, store, rank, batches, rate)
     meet("over")
@@ -126,12 +133,54 @@ def _member(arguments: argparse.Namespace, store: Store, rank: int) -> dict[str,
     return {name: round(value, 3) for name, value in results.items()}
 
 
+def _rate_digests(
+    transport: WeightTransport,
+    rank: int,
+    batches: list[list[torch.Tensor]],
+    rate: Callable[[str, Callable[[], object]], None],
+    meet: Callable[[str], None],
+) -> None:
+    """Time the transport again with a digest of each tensor at both ends."""
+    device = batches[0][0].device
+    slots = itertools.count()
+    runs = [[Run(tensor, 0, next(slots)) for tensor in batch] for batch in batches]
+    whole = list(itertools.chain.from_iterable(runs))
+    plan, plans = DigestPlan(whole, len(whole), device), [DigestPlan(batch, len(whole), device) for batch in runs]
+    operation = transport.send if rank == 0 else transport.receive
+    met = itertools.count()
+
+    def transfer(digests: str) -> list[int]:
+        total = torch.zeros(len(whole), dtype=torch.int64, device=device)
+        before: tuple[DigestPlan, Pending] | None = None
+        for batch, of_batch in zip(batches, plans, strict=True):
+            pending = operation([Parcel(tensor, 1 - rank) for tensor in batch])
+            if before is not None:
+                before[1].wait()
+                if digests == "overlapped":
+                    total += before[0].compute()
+            before = of_batch, pending
+        if before is not None:
+            before[1].wait()
+            if digests == "overlapped":
+                total += before[0].compute()
+        transport.finish(TIMEOUT_S)
+        if digests == "end":
+            total += plan.compute()
+        found = unsigned(total)
+        meet(f"digests/{next(met)}")
+        return found
+
+    for digests in ("none", "end", "overlapped"):
+        rate(f"digests_{digests}", lambda digests=digests: transfer(digests))  # type: ignore[misc]
+    assert transfer("end") == transfer("overlapped") != transfer("none"), "the digests differ"
+
+
 def _rate_torch(
     arguments: argparse.Namespace,
     store: Store,
     rank: int,
     batches: list[list[torch.Tensor]],
-    rate: Callable[[str, Callable[[], None]], None],
+    rate: Callable[[str, Callable[[], object]], None],
 ) -> None:
     """Time torch's own ways on a default process group."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
