@@ -139,6 +139,9 @@ def test_a_value_is_looked_for_without_waiting_and_can_be_taken_back() -> None:
     other = join_store(HOST, store.port, timeout_s=5)
     assert not store.check(["mark"])
     other.set("mark", "x")
+    store.wait(
+        ["mark"], timedelta(seconds=60)
+    )  # `set` waits for no answer, and the store's own connection may be faster
     assert store.check(["mark"])
     store.delete_key("mark")
     assert not other.check(["mark"])
