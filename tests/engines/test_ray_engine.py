@@ -109,6 +109,26 @@ def are_gone(processes: list[psutil.Process]) -> bool:
     return not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_an_engine_whose_cluster_was_left_is_told_lost_and_ended_without_joining_one_again(
+    make_spec: Any, tmp_path: Path
+) -> None:
+    class Untouched:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(f"{name} was asked of an actor that is gone")
+
+    def again(log_path: Path) -> Any:
+        raise AssertionError("nothing is started again")
+
+    ray = pytest.importorskip("ray")
+    assert not ray.is_initialized()  # as after `ray.shutdown()`; any call of Ray's would change that
+    engine = RayEngine(make_spec("engine-0", 0, model_dir=tmp_path), Untouched(), object(), tmp_path / "log", again)
+    wait_until(lambda: engine.exit_status() is not None, "the loss of the cluster")
+    assert engine.why_it_died() == "the trainer has left the Ray cluster"
+    engine.ask_to_end()
+    engine.wait_ended()
+    assert not ray.is_initialized()
+
+
 def test_each_node_gets_an_engine_whose_log_arrives_here_and_all_end_with_the_fleet(
     cluster: Any, make_spec: Any, model_dir: Path, tmp_path: Path
 ) -> None:

@@ -83,12 +83,15 @@ class RayEngine:
         """Begin ending the engine."""
         if not self._ends.is_set():
             self._ends.set()
-            self._ending = self._actor.end.remote()
+            if _is_connected():
+                self._ending = self._actor.end.remote()
 
     def wait_ended(self) -> None:
         """Wait until no process of the engine is left, and give its devices back."""
         import ray
 
+        if not _is_connected():
+            return
         if self._ending is not None and not self._lost:
             with suppress(ray.exceptions.RayError):
                 ray.get(self._ending, timeout=GRACE_S + 30.0)
@@ -115,6 +118,9 @@ class RayEngine:
 
         missed = 0
         while self._status is None and not self._ends.wait(_POLL_S):
+            if not _is_connected():
+                self._lose("the trainer has left the Ray cluster")
+                return
             try:
                 report = ray.get(self._actor.report.remote(self.log_path.stat().st_size), timeout=_REPORT_S)
             except ray.exceptions.GetTimeoutError:
@@ -279,6 +285,16 @@ def connect() -> Any:
     return ray
 
 
+def _is_connected() -> bool:
+    """Whether this process still is in a cluster. Else its actors have ended, and any call would join one again.
+
+    At the interpreter's exit that would wait for minutes, if the cluster is gone too.
+    """
+    import ray
+
+    return bool(ray.is_initialized())
+
+
 def _largest_first(nodes: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
     alive = [node for node in nodes if node["Alive"]]
     return sorted(alive, key=lambda node: -float(node["Resources"].get(kind, 0.0)))
@@ -293,6 +309,8 @@ def _give_back(actor: Any, group: Any) -> None:
     import ray
     from ray.util.placement_group import remove_placement_group
 
+    if not _is_connected():
+        return
     with suppress(ray.exceptions.RayError, ValueError):
         if actor is not None:
             ray.kill(actor)
