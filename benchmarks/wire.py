@@ -151,18 +151,20 @@ def _rate_digests(
 
     def transfer(digests: str) -> list[int]:
         total = torch.zeros(len(whole), dtype=torch.int64, device=device)
+
+        def settle(of_batch: DigestPlan, pending: Pending) -> None:
+            pending.wait()
+            if digests == "overlapped":
+                total.add_(of_batch.compute())
+
         before: tuple[DigestPlan, Pending] | None = None
         for batch, of_batch in zip(batches, plans, strict=True):
             pending = operation([Parcel(tensor, 1 - rank) for tensor in batch])
             if before is not None:
-                before[1].wait()
-                if digests == "overlapped":
-                    total += before[0].compute()
+                settle(*before)
             before = of_batch, pending
         if before is not None:
-            before[1].wait()
-            if digests == "overlapped":
-                total += before[0].compute()
+            settle(*before)
         transport.finish(TIMEOUT_S)
         if digests == "end":
             total += plan.compute()

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -19,8 +18,9 @@ from datasets import Dataset
 from shoal import GRPOConfig
 from shoal.data.micro_batch import build_micro_batch
 from shoal.testing import tiny_model, tiny_tokenizer
+from shoal.testing.sequences import random_sequences
 from shoal.testing.trainer import ReferenceTrainer
-from shoal.types import MicroBatch, Sequence
+from shoal.types import MicroBatch
 
 FOLDER = Path(__file__).parent
 SCRIPT_TIMEOUT_S = 150.0
@@ -103,17 +103,7 @@ def make_trainer(settings: dict[str, Any]) -> Iterator[Callable[..., Any]]:
 @pytest.fixture
 def batch() -> MicroBatch:
     """A packed micro-batch: a prompt of one token, neighbours of equal length, a long prompt and a long completion."""
-    random = np.random.default_rng(0)
-    sequences = [
-        Sequence(
-            token_ids=random.integers(3, 250, prompt + completion),
-            prompt_length=prompt,
-            advantage=1.0,
-            rollout_logprobs=np.zeros(completion, np.float32),
-            in_loss=True,
-        )
-        for prompt, completion in ((1, 1), (5, 7), (1, 12), (5, 7), (30, 2), (3, 20))
-    ]
+    sequences = random_sequences()
     return build_micro_batch(sequences, [1.0] * len(sequences))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,11 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoal.data.micro_batch import build_micro_batch
 from shoal.testing import tiny_model
+from shoal.testing.sequences import EDGES_OF_PACKING, random_sequences
 from shoal.trainer.forward import packed_logprobs, takes_logits_to_keep
 from shoal.types import MicroBatch, Sequence
 
-# Prompt and completion lengths; a prompt of one token, and neighbours of equal length, are edges of the packing.
-LENGTHS = ((1, 1), (5, 7), (1, 12), (5, 7), (30, 2), (3, 20))
 ATTENTION = ["sdpa", "eager"]
 # transformers' eager attention takes its softmax in float32 whatever the model's type.
 TOLERANCE = {"sdpa": 1e-10, "eager": 5e-6}
@@ -47,20 +45,6 @@ class AllLogits(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
         return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
-
-
-def make_sequences(seed: int = 0) -> list[Sequence]:
-    random = np.random.default_rng(seed)
-    return [
-        Sequence(
-            token_ids=random.integers(3, 250, prompt + completion),
-            prompt_length=prompt,
-            advantage=1.0,
-            rollout_logprobs=np.zeros(completion, np.float32),
-            in_loss=True,
-        )
-        for prompt, completion in LENGTHS
-    ]
 
 
 def pack(sequences: list[Sequence]) -> MicroBatch:
@@ -118,7 +102,7 @@ def packed(model: Any, batch: MicroBatch, temperature: float = 1.0, *, keeps_log
 def test_packed_logprobs_and_entropies_are_those_of_each_sequence_alone(
     attention: str, temperature: float, keeps_logits: bool
 ) -> None:
-    model, sequences = model_with(attention), make_sequences()
+    model, sequences = model_with(attention), random_sequences()
     called = model if keeps_logits else AllLogits(model)
     with torch.no_grad():
         found = packed_logprobs(called, pack(sequences), temperature=temperature, keeps_logits=keeps_logits)
@@ -130,23 +114,23 @@ def test_packed_logprobs_and_entropies_are_those_of_each_sequence_alone(
 
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_without_positions_that_start_again_the_sequences_would_not_be_alone(attention: str) -> None:
-    model, sequences = model_with(attention), make_sequences()
+    model, sequences = model_with(attention), random_sequences()
     batch = pack(sequences)
     running = replace(batch, position_ids=torch.arange(batch.num_tokens))
     assert (packed(model, running) - alone(model, sequences)[0]).abs().max() > 0.1
 
 
 def test_another_temperature_gives_other_logprobs() -> None:
-    model, batch = model_with(), pack(make_sequences())
+    model, batch = model_with(), pack(random_sequences())
     assert (packed(model, batch, 1.0) - packed(model, batch, 0.6)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("changed", range(len(LENGTHS)))
+@pytest.mark.parametrize("changed", range(len(EDGES_OF_PACKING)))
 def test_changing_one_sequence_leaves_the_others_exactly_as_they_were(attention: str, changed: int) -> None:
-    model, sequences = model_with(attention), make_sequences()
+    model, sequences = model_with(attention), random_sequences()
     other = [*sequences]
-    other[changed] = make_sequences(seed=1)[changed]
+    other[changed] = random_sequences(seed=1)[changed]
     before, after = packed(model, pack(sequences)), packed(model, pack(other))
     mine = pack(sequences).sequence_index == changed
     assert torch.equal(before[~mine], after[~mine])
@@ -155,8 +139,8 @@ def test_changing_one_sequence_leaves_the_others_exactly_as_they_were(attention:
 
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_with_running_positions_a_change_would_reach_the_sequences_after_it(attention: str) -> None:
-    model, sequences = model_with(attention), make_sequences()
-    other = [make_sequences(seed=1)[0], make_sequences(seed=1)[1], *sequences[2:]]
+    model, sequences = model_with(attention), random_sequences()
+    other = [random_sequences(seed=1)[0], random_sequences(seed=1)[1], *sequences[2:]]
     positions = torch.arange(pack(sequences).num_tokens)
     before = packed(model, replace(pack(sequences), position_ids=positions))
     after = packed(model, replace(pack(other), position_ids=positions))
@@ -166,7 +150,7 @@ def test_with_running_positions_a_change_would_reach_the_sequences_after_it(atte
 
 @pytest.mark.parametrize("training", [False, True])
 def test_gradient_checkpointing_changes_no_logprob(training: bool) -> None:
-    model, sequences = model_with(), make_sequences()
+    model, sequences = model_with(), random_sequences()
     model.gradient_checkpointing_enable()
     model.train(training)
     found = packed_logprobs(model, pack(sequences), temperature=1.0, keeps_logits=True).logprobs
@@ -175,7 +159,7 @@ def test_gradient_checkpointing_changes_no_logprob(training: bool) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_architectures_keep_packed_sequences_apart_too(family: str) -> None:
-    model, sequences = family_member(family), make_sequences()
+    model, sequences = family_member(family), random_sequences()
     batch = pack(sequences)
     expected = alone(model, sequences)[0]
     torch.testing.assert_close(packed(model, batch), expected, rtol=0, atol=1e-10)

@@ -101,7 +101,8 @@ def run_throughput(settings: ThroughputSettings, devices: tuple[Device, ...], ou
     in_process = _in_process(settings, folder, devices, reasons, samples)
     one, stock, two = _with_engines(settings, folder, devices, samples)
     if two is None:
-        reasons["ratio_two_engines"] = f"two engines need two GPUs, and this process sees {len(devices)}"
+        reasons["ratio_two_engines"] = reason = f"two engines need two GPUs, and this process sees {len(devices)}"
+        print(f"no two engines: {reason}")
     data = _summary(settings, in_process, one, stock, two)
     data |= {
         "settings": asdict(settings),
@@ -112,8 +113,6 @@ def run_throughput(settings: ThroughputSettings, devices: tuple[Device, ...], ou
         "samples": samples,
         "reasons": reasons,
     }
-    if two is None:
-        print(f"no two engines: {reasons['ratio_two_engines']}")
     path = output or _default_path(settings)
     store(path, data)
     shutil.rmtree(folder, ignore_errors=True)

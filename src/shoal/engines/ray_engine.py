@@ -90,9 +90,7 @@ class RayEngine:
         """Wait until no process of the engine is left, and give its devices back."""
         import ray
 
-        if not _is_connected():
-            return
-        if self._ending is not None and not self._lost:
+        if self._ending is not None and not self._lost and _is_connected():
             with suppress(ray.exceptions.RayError):
                 ray.get(self._ending, timeout=GRACE_S + 30.0)
         _give_back(self._actor, self._group)
