@@ -248,6 +248,12 @@ def test_an_answer_that_is_not_json_is_told(server: Server) -> None:
     assert "/pause with something that is not JSON" in failure(lambda: client_of(server.url).post("/pause", None, 5))
 
 
+def test_a_control_route_may_answer_with_nothing(server: Server) -> None:
+    server.say(b"")  # as /sleep and /wake_up of vLLM 0.26 do
+    assert client_of(server.url).post("/wake_up?tags=weights", None, 5) is None
+    assert "not JSON" in failure(lambda: generate(client_of(server.url)))
+
+
 def test_an_answer_that_is_longer_than_it_can_be_is_refused_before_it_is_read(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,7 +173,7 @@ class EngineClient:
         return report
 
     def post(self, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
-        """Call a control route and return its parsed answer.
+        """Call a control route and return its parsed answer; None for an empty one (`/wake_up` in vLLM 0.26).
 
         Raises:
             EngineRequestError: It failed, or took longer than `timeout_s`.
@@ -190,7 +190,7 @@ class EngineClient:
             raise self._too_long(path, error) from error
         if response.status_code != httpx.codes.OK:
             raise self._refusal(path, response.status_code, content[:500].decode(errors="replace"))
-        return parse_json(self._name, path, content)
+        return parse_json(self._name, path, content) if content else None
 
     def is_healthy(self) -> bool:
         """Whether the server answers `/health` with 200."""
