@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 import torch
 
@@ -22,13 +23,50 @@ MAX_TILE_ELEMENTS = 1 << 24
 
 Beyond its inputs and their gradients the computation takes at most about
 
-    4 * (4 * MAX_TILE_ELEMENTS + N * H * [hidden is 16-bit] + H * sqrt(MAX_TILE_ELEMENTS)) bytes
+    4 * (4 * MAX_TILE_ELEMENTS + N * H * [hidden is 16-bit] + 2 * H * sqrt(MAX_TILE_ELEMENTS)) bytes
 
 (four float32 tiles' worth of temporaries, the sum of the hidden states' gradient, one block of the weight's gradient):
-0.8 GiB for 32k tokens of width 4096, whatever the vocabulary. The logits alone would be 9.3 GiB in bfloat16, and
+0.9 GiB for 32k tokens of width 4096, whatever the vocabulary. The logits alone would be 9.3 GiB in bfloat16, and
 18.6 GiB in float32, for a vocabulary of 151,936. Truncated sampling adds a pass over whole rows, as
 many at a time as make a tile, with some ten tiles' worth of temporaries (the sort's among them).
+
+On GPUs with Triton one kernel does what is between two matrix products, in place (`lm_head_cuda.py`), and a tile is as
+large as the four were.
 """
+_TILES_IN_ONE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileForm:
+    """What makes a logit of the head's output, in the kernels' form.
+
+    Attributes:
+        scale: A factor.
+        softcap: A bound, 0 for none.
+        temperature: Above 0.
+    """
+
+    scale: float
+    softcap: float
+    temperature: float
+
+
+class Kernels(Protocol):
+    """What `lm_head_cuda` does in one pass over a tile."""
+
+    def tile_statistics(
+        self, raw: torch.Tensor, columns: torch.Tensor, form: TileForm, support: Support | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+    def tile_gradient_(
+        self,
+        raw: torch.Tensor,
+        columns: torch.Tensor,
+        normalizer: torch.Tensor,
+        scale: torch.Tensor,
+        form: TileForm,
+        support: Support | None,
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +165,8 @@ class _HeadLogprobs(torch.autograd.Function):
             for index, columns in enumerate(tiles.blocks):
                 block = tiles.block(columns)
                 for rows in tiles.rows:
-                    logits, target, is_here = tiles.logits(rows, block, columns)
-                    sampled[rows] += torch.where(is_here, logits.gather(1, target[:, None]).squeeze(1), 0.0)
-                    normalizers[index, rows] = torch.logsumexp(logits, dim=-1)
-                    # A block of which nothing is left has normalizer -inf, and must not give NaN.
-                    finite = normalizers[index, rows].clamp(min=torch.finfo(settings.sum_dtype).min)
-                    entropies[index, rows] = torch.special.entr(logits.sub_(finite[:, None]).exp_()).sum(dim=-1)
+                    found, normalizers[index, rows], entropies[index, rows] = tiles.statistics(rows, block, columns)
+                    sampled[rows] += found
             normalizer = torch.logsumexp(normalizers, dim=0)
             # The entropy of a choice among blocks, and then within one.
             share = (normalizers - normalizer).exp_()
@@ -163,12 +197,12 @@ class _HeadLogprobs(torch.autograd.Function):
                 for rows in tiles.rows:
                     grad = tiles.gradient(rows, block, columns, normalizer, scale)
                     if grad_bias is not None:
-                        grad_bias[columns] += grad.sum(dim=0).to(grad_bias.dtype)
+                        grad_bias[columns] += grad.sum(dim=0, dtype=settings.sum_dtype).to(grad_bias.dtype)
                     grad = grad.to(settings.dtype)
                     if grad_hidden is not None:
-                        grad_hidden[rows] += grad @ block[0]
+                        _add_product_(grad_hidden[rows], grad, block[0])
                     if grad_block is not None:
-                        grad_block += grad.T @ hidden[rows].to(settings.dtype)
+                        _add_product_(grad_block, grad.T, hidden[rows].to(settings.dtype))
                 if grad_weight is not None and grad_block is not None:
                     grad_weight[columns] = grad_block.to(grad_weight.dtype)
             return (
@@ -178,6 +212,24 @@ class _HeadLogprobs(torch.autograd.Function):
                 None,
                 None,
             )
+
+
+def find_kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
+    """Return the kernels for tiles of logits of a type, where there are any; the torch operations give the same."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from shoal.algorithm import lm_head_cuda
+
+    return lm_head_cuda if dtype in lm_head_cuda.TYPES else None
+
+
+def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add a matrix product to a sum of the same or a wider type, in place."""
+    if total.is_cuda and total.dtype == torch.float32 != left.dtype:
+        # In one pass, and with no rounding of the product to 16 bits.
+        torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
+    else:
+        total += left @ right
 
 
 _Block = tuple[torch.Tensor, torch.Tensor | None]
@@ -197,9 +249,11 @@ class _Tiles:
     ) -> None:
         self._hidden, self._weight, self._bias = hidden, weight, bias
         self._target_ids, self._settings = target_ids, settings
-        num_rows = max(1, min(len(hidden), math.isqrt(settings.max_tile_elements)))
+        self._kernels = find_kernels(hidden.device, settings.dtype)
+        max_elements = settings.max_tile_elements * (1 if self._kernels is None else _TILES_IN_ONE)
+        num_rows = max(1, min(len(hidden), math.isqrt(max_elements)))
         self.rows = tuple(_slices(len(hidden), num_rows))
-        self.blocks = tuple(_slices(len(weight), max(1, settings.max_tile_elements // num_rows)))
+        self.blocks = tuple(_slices(len(weight), max(1, max_elements // num_rows)))
         self.support = support
         if support is None and settings.truncation is not None:
             self.support = self._find_support(settings.truncation)
@@ -209,10 +263,18 @@ class _Tiles:
         bias = None if self._bias is None else self._bias[columns].to(self._settings.dtype)
         return self._weight[columns].to(self._settings.dtype), bias
 
-    def logits(self, rows: slice, block: _Block, columns: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return a tile's logits after temperature and truncation, each row's target in it, and whether it is there."""
+    def statistics(self, rows: slice, block: _Block, columns: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return each row's sampled logit (0 if it is in another tile), logsumexp and entropy within a tile, `[R]`."""
+        if self._kernels is not None:
+            return self._kernels.tile_statistics(self._raw(rows, block), **self._for_kernels(rows, columns))
         logits = self._whole(rows, block)
-        return logits, *self._cut(logits, rows, columns)
+        target, is_here = self._cut(logits, rows, columns)
+        sampled = torch.where(is_here, logits.gather(1, target[:, None]).squeeze(1), 0.0)
+        normalizer = torch.logsumexp(logits, dim=-1)
+        # A block of which nothing is left has normalizer -inf, and must not give NaN.
+        finite = normalizer.clamp(min=torch.finfo(logits.dtype).min)
+        entropy = torch.special.entr(logits.sub_(finite[:, None]).exp_()).sum(dim=-1)
+        return sampled, normalizer, entropy
 
     def _cut(self, logits: torch.Tensor, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Truncate a tile in place; return each row's target in it, and whether it is there."""
@@ -235,6 +297,10 @@ class _Tiles:
             normalizer: `[N]`.
             scale: `[N]`, the gradient of each logprob, over the temperature.
         """
+        if self._kernels is not None:
+            raw, about = self._raw(rows, block), self._for_kernels(rows, columns)
+            self._kernels.tile_gradient_(raw, normalizer=normalizer[rows], scale=scale[rows], **about)
+            return raw
         logits, form = self._whole(rows, block), self._settings.form
         slope = None
         if form.softcap is not None:
@@ -247,11 +313,25 @@ class _Tiles:
             grad.mul_(slope)
         return grad if form.scale == 1 else grad.mul_(form.scale)
 
+    def _raw(self, rows: slice, block: _Block) -> torch.Tensor:
+        """Return what the head makes of some rows: a tile of its output."""
+        return torch.nn.functional.linear(self._hidden[rows].to(self._settings.dtype), *block)
+
+    def _for_kernels(self, rows: slice, columns: slice) -> dict[str, Any]:
+        """Return what the kernels need to know about a tile."""
+        settings = self._settings
+        return {
+            "columns": self._target_ids[rows] - columns.start,
+            "form": TileForm(
+                scale=settings.form.scale, softcap=settings.form.softcap or 0.0, temperature=settings.temperature
+            ),
+            "support": None if self.support is None else self.support.rows(rows),
+        }
+
     def _whole(self, rows: slice, block: _Block) -> torch.Tensor:
         """Return a tile's logits after temperature."""
         settings, form = self._settings, self._settings.form
-        raw = torch.nn.functional.linear(self._hidden[rows].to(settings.dtype), *block)
-        logits = raw.to(settings.sum_dtype)
+        logits = self._raw(rows, block).to(settings.sum_dtype)
         if form.scale != 1:
             logits = logits.mul_(form.scale)
         if form.softcap is not None:
