@@ -15,7 +15,7 @@ from shoal.testing import tiny_model
 from shoal.trainer import packing_limit
 from shoal.trainer.exchange import Exchange
 from shoal.trainer.packing_limit import PackingLimit
-from shoal.trainer.token_budget import PassShape, bytes_to_come, pass_shape, tokens_that_fit
+from shoal.trainer.token_budget import PassShape, bytes_to_come, pass_shape, plan_pass, tokens_that_fit
 
 GIB = 1 << 30
 EIGHT_B = AutoConfig.for_model(
@@ -25,7 +25,7 @@ EIGHT_B = AutoConfig.for_model(
 
 
 def shape_of(config: Any = EIGHT_B, **changes: Any) -> PassShape:
-    keywords = {"element_bytes": 2, "checkpointing": True, "fused": True, "has_boundaries": True}
+    keywords = {"element_bytes": 2, "checkpointing": True, "fused": True, "has_boundaries": True, "compiled": True}
     return pass_shape(config, **(keywords | changes))
 
 
@@ -52,6 +52,35 @@ def test_each_saving_makes_room_for_more_tokens() -> None:
         assert 0 < tokens_that_fit(shape_of(**costly), 20 * GIB) < best, costly
     assert tokens_that_fit(shape_of(), 40 * GIB) > 2 * best * 0.95
     assert tokens_that_fit(shape_of(), GIB // 4) == 0
+
+
+def test_with_more_memory_fewer_blocks_are_computed_again_and_then_passes_grow() -> None:
+    plans = [plan_pass(shape_of(), gib * GIB, longest=4096) for gib in (1, 10, 30, 60, 100, 160, 400)]
+    recomputed = [plan.recomputed for plan in plans]
+    assert recomputed == sorted(recomputed, reverse=True)
+    assert recomputed[0] == 36 and recomputed[-1] == 0
+    assert any(0 < count < 36 for count in recomputed)
+    assert plans[0].tokens == 4096  # what has to fit in any case
+    for plan, gib in zip(plans[1:], (10, 30, 60, 100, 160, 400), strict=True):
+        kept = shape_of().kept_bytes * (36 - plan.recomputed)
+        assert (shape_of().per_token_bytes + kept) * plan.tokens < 0.7 * gib * GIB
+        assert plan.recomputed == 36 or plan.tokens >= 16_384
+    assert plans[-1].tokens > 2 * 16_384
+
+
+def test_blocks_are_computed_again_as_the_settings_say() -> None:
+    for count, expected in ((0, 0), (7, 7), (36, 36), (99, 36)):
+        plan = plan_pass(shape_of(), 100 * GIB, longest=100, recomputed=count)
+        assert plan.recomputed == expected
+    few, many = (plan_pass(shape_of(), 100 * GIB, longest=100, recomputed=count) for count in (0, 36))
+    assert many.tokens > 3 * few.tokens > 0
+
+
+def test_what_keeps_everything_computes_nothing_again() -> None:
+    shape = shape_of(checkpointing=False)
+    plan = plan_pass(shape, 100 * GIB, longest=100)
+    assert plan.recomputed == 0
+    assert plan.tokens == tokens_that_fit(shape, 100 * GIB)
 
 
 def test_the_parts_that_dominate_are_counted() -> None:
@@ -92,6 +121,7 @@ def test_the_limit_is_what_fits_and_at_least_the_longest_sequence(monkeypatch: p
         bf16=False,
         fp16=False,
         gradient_checkpointing=False,
+        recompute_num_layers=None,
     )
     found = {}
     for free in (0, 8 * GIB):

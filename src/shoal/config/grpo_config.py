@@ -108,6 +108,16 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
         "Most tokens of a packed forward pass. Unset: what fits the GPU's free memory by estimate; on CPUs, "
         "per_device_train_batch_size sequences of full length.",
     )
+    recompute_num_layers: int | None = setting(
+        None,
+        "With gradient_checkpointing, blocks that are computed again in the backward pass. Unset: where "
+        "max_tokens_per_micro_batch is unset too, on GPUs, as many as memory asks for; else all.",
+    )
+    regional_compilation: bool | None = setting(
+        None,
+        "torch.compile each block of the model by itself. Unset: on GPUs, for dense models that are neither quantised "
+        "nor held by DeepSpeed.",
+    )
 
     # Engines
     use_vllm: bool | None = setting(None, "For scripts from TRL: completions are always written by vLLM engines.")

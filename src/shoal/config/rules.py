@@ -127,6 +127,22 @@ def counts_are_positive(config: GRPOConfig) -> None:
             raise ConfigError(f"{name}={value} is too small to mean anything. Set it to 1 or more.")
 
 
+def blocks_are_treated_one_way(config: GRPOConfig) -> None:
+    """Refuse to compile blocks within a model that is compiled, and to count blocks of which none is computed again."""
+    if config.regional_compilation and config.torch_compile:
+        raise ConfigError("regional_compilation=True and torch_compile=True compile the same code. Set one of them.")
+    count = config.recompute_num_layers
+    if count is None:
+        return
+    if not config.gradient_checkpointing:
+        raise ConfigError(
+            f"recompute_num_layers={count} says how far gradient checkpointing goes, and gradient_checkpointing is "
+            "off. Turn it on, or unset recompute_num_layers."
+        )
+    if count < 0:
+        raise ConfigError(f"recompute_num_layers={count} is no number of blocks. Set it to 0 or more.")
+
+
 def timeouts_are_positive(config: GRPOConfig) -> None:
     """Refuse time-outs that have passed before the wait begins, and endless ones."""
     for name in _TIMEOUTS:
@@ -357,6 +373,7 @@ RULES: tuple[Callable[[GRPOConfig], None], ...] = (
     refuse_trl_only,
     transformers_settings_fit,
     counts_are_positive,
+    blocks_are_treated_one_way,
     timeouts_are_positive,
     values_are_known,
     groups_can_be_compared,

@@ -31,6 +31,7 @@ from shoal.engines.fleet import StartProgress
 from shoal.errors import ConfigError, NoEngineError
 from shoal.observe.ledger import TimeLedger
 from shoal.rollout.collector import GroupRequest
+from shoal.trainer.blocks import compile_blocks, compiles_blocks
 from shoal.trainer.checkpoints import is_complete, last_complete_checkpoint
 from shoal.trainer.checks import check_disk, longest_prompt
 from shoal.trainer.engine_side import EngineSide, Sources
@@ -219,6 +220,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(Path(self.args.output_dir)))
+        if compiles_blocks(self.model, self.args, is_deepspeed=self.is_deepspeed_enabled):
+            compile_blocks(self.model)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except NoEngineError:

@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch of this run may have: found once, by all ranks together."""
+"""How many tokens a micro-batch of this run may have, and what it keeps: found once, by all ranks together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import nn
 
 from shoal.config import GRPOConfig
 from shoal.trainer.attention import takes_boundaries
+from shoal.trainer.blocks import are_compiled, find_blocks, recompute_first
 from shoal.trainer.exchange import Exchange
 from shoal.trainer.forward import packs_exactly
-from shoal.trainer.token_budget import bytes_to_come, free_gpu_bytes, pass_shape, tokens_that_fit
+from shoal.trainer.token_budget import PassPlan, bytes_to_come, free_gpu_bytes, pass_shape, plan_pass
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class PackingLimit:
         self._args = args
         self._exchange = exchange
         self._measures = args.max_tokens_per_micro_batch is None and args.device.type == "cuda"
+        self._is_settled = False
         self.tokens: int | None = None
         """The budget; None before `find`. 1 leaves one sequence in each micro-batch."""
 
@@ -54,7 +56,10 @@ class PackingLimit:
         self.tokens, self._measures = 1, False
 
     def measure(self, model: nn.Module, optimizer: Any, *, longest: int, is_fused: bool) -> None:
-        """Take, once, the largest budget that fits every rank's GPU, if it is left to us.
+        """Take, once, the budget that suits every rank's GPU, if it is left to us.
+
+        Where all blocks' activations would not fit beside it, the first ones are computed again in the backward pass;
+        the settings may say how many.
 
         Args:
             model: The unwrapped policy.
@@ -62,17 +67,30 @@ class PackingLimit:
             longest: Tokens of the longest sequence, which has to fit in any case.
             is_fused: Whether logprobs come from hidden states.
         """
-        if not self._measures:
+        if self._is_settled:
             return
-        self._measures = False
-        element_bytes = 2 if self._args.bf16 or self._args.fp16 else next(model.parameters()).element_size()
+        self._is_settled = True
+        recomputed = self._args.recompute_num_layers
+        if self._measures:
+            plan = self._plan(model, optimizer, longest=longest, is_fused=is_fused)
+            plans = self._exchange.gather_json([plan.tokens, plan.recomputed])
+            self.tokens = int(min(tokens for tokens, _ in plans))
+            recomputed = int(max(recomputed for _, recomputed in plans))
+            logger.info("max_tokens_per_micro_batch=%d, from the memory that is free", self.tokens)
+        if self._args.gradient_checkpointing and recomputed is not None:
+            recompute_first(model, recomputed)
+            logger.info("recompute_num_layers=%d of %d", recomputed, len(find_blocks(model)))
+
+    def _plan(self, model: nn.Module, optimizer: Any, *, longest: int, is_fused: bool) -> PassPlan:
+        args: Any = self._args
+        element_bytes = 2 if args.bf16 or args.fp16 else next(model.parameters()).element_size()
         shape = pass_shape(
             model.config,
             element_bytes=element_bytes,
-            checkpointing=self._args.gradient_checkpointing,
+            checkpointing=args.gradient_checkpointing,
             fused=is_fused,
             has_boundaries=takes_boundaries(model),
+            compiled=are_compiled(model),
         )
-        free = free_gpu_bytes(self._args.device) - bytes_to_come(model, optimizer)
-        self.tokens = max(int(min(self._exchange.gather_json(tokens_that_fit(shape, free)))), longest)
-        logger.info("max_tokens_per_micro_batch=%d, from the memory that is free", self.tokens)
+        free = free_gpu_bytes(args.device) - bytes_to_come(model, optimizer)
+        return plan_pass(shape, free, longest=longest, recomputed=args.recompute_num_layers)

@@ -7,7 +7,7 @@ workspaces, MoE routing) has to fit into the share that is left. `placement/` ca
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ _USED_SHARE = 0.7
 _ADAM_MOMENTS = 2
 # A block's tensors that are saved for its backward pass, times this for the gradients that live beside them.
 _WITH_GRADIENTS = 1.5
+# A pass of this many tokens runs at full speed; memory beyond is better spent on not computing blocks again.
+_ENOUGH_TOKENS = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +31,33 @@ class PassShape:
         per_token_bytes: For each token.
         per_pair_bytes: For each pair of tokens: the block mask of SDPA. 0 with variable-length attention.
         fixed_bytes: Whatever the number of tokens.
+        kept_bytes: For each token, what keeping one block's activations takes beyond its input; 0 if all are kept.
+        num_blocks: Blocks that may be computed again or kept.
     """
 
     per_token_bytes: int
     per_pair_bytes: int
     fixed_bytes: int
+    kept_bytes: int = 0
+    num_blocks: int = 0
 
 
-def pass_shape(config: Any, *, element_bytes: int, checkpointing: bool, fused: bool, has_boundaries: bool) -> PassShape:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassPlan:
+    """How the passes are run.
+
+    Attributes:
+        tokens: Most of one pass.
+        recomputed: Blocks that are computed again in the backward pass.
+    """
+
+    tokens: int
+    recomputed: int
+
+
+def pass_shape(
+    config: Any, *, element_bytes: int, checkpointing: bool, fused: bool, has_boundaries: bool, compiled: bool
+) -> PassShape:
     """Estimate what a pass costs.
 
     Args:
@@ -45,6 +66,7 @@ def pass_shape(config: Any, *, element_bytes: int, checkpointing: bool, fused: b
         checkpointing: Whether only each block's input is kept.
         fused: Whether logprobs come from hidden states.
         has_boundaries: Whether attention is told where sequences begin.
+        compiled: Whether blocks are, which then keep less.
     """
     config = config.get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
@@ -57,7 +79,8 @@ def pass_shape(config: Any, *, element_bytes: int, checkpointing: bool, fused: b
         inner = experts * int(getattr(config, "moe_intermediate_size", None) or inner)
     # Inputs of products: the two norms' outputs, queries, keys, values, attention's output, gate, up, their product.
     saved = element_bytes * (2 * hidden + 2 * heads * head + 2 * keys * head + 4 * inner)
-    residuals = 4 * 4 * hidden  # in float32: the stream before and after attention, and what the norms keep
+    # In float32: the stream before and after attention, and what the norms keep; uncompiled, their every operation's.
+    residuals = 4 * (4 if compiled else 10) * hidden
     block = int(_WITH_GRADIENTS * (saved + residuals))
     blocks = layers * 4 * hidden + block if checkpointing else layers * (saved + residuals) + block
     head_bytes = 4 * hidden + 2 * element_bytes * hidden
@@ -65,6 +88,8 @@ def pass_shape(config: Any, *, element_bytes: int, checkpointing: bool, fused: b
     return PassShape(
         per_token_bytes=blocks + head_bytes + logits,
         per_pair_bytes=0 if has_boundaries else 1 + element_bytes,
+        kept_bytes=saved + residuals - 4 * hidden if checkpointing else 0,
+        num_blocks=layers if checkpointing else 0,
         fixed_bytes=4 * (5 * MAX_TILE_ELEMENTS + hidden * math.isqrt(MAX_TILE_ELEMENTS)),
     )
 
@@ -79,6 +104,27 @@ def tokens_that_fit(shape: PassShape, free_bytes: int) -> int:
         return int(room // linear)
     # The positive root of square * t^2 + linear * t = room.
     return int((math.sqrt(linear**2 + 4 * square * room) - linear) / (2 * square))
+
+
+def plan_pass(shape: PassShape, free_bytes: int, *, longest: int, recomputed: int | None = None) -> PassPlan:
+    """Divide memory between tokens of a pass and activations that are kept.
+
+    As many tokens as make a pass efficient come first, then as many kept blocks as fit; if all do, more tokens.
+
+    Args:
+        shape: Of the passes.
+        free_bytes: Of this rank's GPU.
+        longest: Tokens of the longest sequence, which has to fit in any case.
+        recomputed: Blocks that are to be computed again; None to choose.
+    """
+    if recomputed is None:
+        enough = max(longest, min(tokens_that_fit(shape, free_bytes), _ENOUGH_TOKENS))
+        used = shape.fixed_bytes + shape.per_token_bytes * enough + shape.per_pair_bytes * enough**2
+        room = max(0.0, _USED_SHARE * free_bytes - used)
+        recomputed = max(0, shape.num_blocks - int(room // max(1, shape.kept_bytes * enough)))
+    kept = max(0, shape.num_blocks - recomputed)
+    with_kept = replace(shape, per_token_bytes=shape.per_token_bytes + shape.kept_bytes * kept)
+    return PassPlan(tokens=max(tokens_that_fit(with_kept, free_bytes), longest), recomputed=shape.num_blocks - kept)
 
 
 def bytes_to_come(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
