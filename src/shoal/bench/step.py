@@ -27,6 +27,15 @@ from shoal.engines.command import LOOPBACK, without_launcher_variables
 from shoal.placement.devices import Device
 
 TIMEOUT_S = 3600.0
+# accelerate's FSDP2 as its configuration file would say it.
+FSDP2_ENVIRONMENT = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
 
 
 def run_step_bench(
@@ -137,14 +146,7 @@ def _environment(settings: StepSettings, devices: Sequence[Device]) -> dict[str,
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.visible_id for device in devices)
     if settings.sharding == "fsdp2":
-        environment |= {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        }
+        environment |= FSDP2_ENVIRONMENT
     return environment
 
 
