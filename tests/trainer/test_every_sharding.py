@@ -40,6 +40,8 @@ CURVE = {
 }
 SAVED = CUT | {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
 
+COMPILED_BLOCKS = {"regional_compilation": True, "gradient_checkpointing": True, "recompute_num_layers": 1}
+
 FSDP2: dict[str, Any] = {"reshard_after_forward": True}
 STEPS: dict[str, dict[str, Any]] = {
     "ddp": {"settings": CUT},
@@ -55,6 +57,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "fsdp2, clipped": {"settings": CUT | {"max_grad_norm": 0.1}, "fsdp2": FSDP2},
     "fsdp2, recomputed": {"settings": CUT, "fsdp2": FSDP2 | {"activation_checkpointing": True}},
     "fsdp2, recomputed by transformers": {"settings": CUT | {"gradient_checkpointing": True}, "fsdp2": FSDP2},
+    "ddp, lora, kl, compiled blocks": {"settings": CUT | KL | COMPILED_BLOCKS, "lora": "lora"},
+    "fsdp2, compiled blocks": {"settings": CUT | COMPILED_BLOCKS, "fsdp2": FSDP2},
     "fsdp2, loaded by one, kl": {
         "settings": CUT | KL,
         "moved": True,
@@ -194,7 +198,10 @@ def alone(script: Any, folder: Path, cases: Any) -> Callable[[str], dict[str, An
 
     def result(name: str) -> dict[str, Any]:
         case = dict(cases[name], fsdp2=None, resume=None)
-        left_out = ("deepspeed", "torch_compile", "torch_compile_backend", "accelerator_config", "save_strategy")
+        left_out = (
+            "deepspeed", "torch_compile", "torch_compile_backend", "accelerator_config", "save_strategy",
+            "regional_compilation",
+        )  # fmt: skip
         case["settings"] = {key: value for key, value in case["settings"].items() if key not in left_out}
         key = repr(case)
         if key not in known:
@@ -216,8 +223,10 @@ def largest_error(values: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 @pytest.mark.parametrize("name", STEPS)
 def test_two_processes_compute_the_gradient_of_one(on_two_processes: Any, alone: Any, name: str) -> None:
     divided, whole = on_two_processes(name), alone(name)
-    assert largest_error(divided["gradients"], whole["gradients"]) < EXACT
-    assert largest_error(divided["changes"], whole["changes"]) < EXACT
+    # Norms compute in float32 whatever the weights are; the compiler rounds elsewhere.
+    bound = IN_FLOAT32 if "compiled" in name else EXACT
+    assert largest_error(divided["gradients"], whole["gradients"]) < bound
+    assert largest_error(divided["changes"], whole["changes"]) < bound
     assert divided["log"]["grad_norm"] == pytest.approx(whole["log"]["grad_norm"], rel=1e-6)
     assert divided["log"]["loss"] == pytest.approx(whole["log"]["loss"], rel=1e-5)
 
