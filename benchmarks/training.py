@@ -127,7 +127,7 @@ def _train(settings: StepSettings, arguments: argparse.Namespace, folder: Path) 
         values |= {"vllm_enable_sleep_mode": False}
     adapter = LoraConfig(r=arguments.lora_rank, target_modules="all-linear") if arguments.lora_rank else None
     trainer: Any = RandomCompletionsTrainer(
-        model=_random_model(settings, arguments.dtype),
+        model=_random_model(settings, arguments.dtype, arguments.attention),
         reward_funcs=reward,
         args=GRPOConfig(**values),
         train_dataset=make_dataset(settings),
@@ -152,7 +152,7 @@ def _train(settings: StepSettings, arguments: argparse.Namespace, folder: Path) 
     }
 
 
-def _random_model(settings: StepSettings, dtype: str) -> Any:
+def _random_model(settings: StepSettings, dtype: str, attention: str | None) -> Any:
     """Return the model made on the spot: to read one of 8B from a disk would take longer than to train it."""
     kernel = varlen_kernel() if settings.device == "cuda" else None
     if kernel is not None:
@@ -165,7 +165,7 @@ def _random_model(settings: StepSettings, dtype: str) -> Any:
         return AutoModelForCausalLM.from_config(
             qwen3_config(SHAPES[settings.model_shape]),
             dtype=getattr(torch, dtype),
-            attn_implementation="sdpa" if kernel is None else VARLEN,
+            attn_implementation=attention or ("sdpa" if kernel is None else VARLEN),
         )
 
 
@@ -207,6 +207,7 @@ def _arguments() -> argparse.Namespace:
         "--compile", choices=("no", "blocks", "whole"), default=None, help="what torch.compile is given"
     )
     parser.add_argument("--lora-rank", type=int, default=0, help="train an adapter of all linear layers")
+    parser.add_argument("--attention", help="transformers' name (default: torch's variable-length kernel on GPUs)")
     parser.add_argument("--profile", action="store_true")
     return parser.parse_args()
 
