@@ -85,8 +85,9 @@ def test_shards_add_up_to_the_whole(ranks: int) -> None:
     assert 0 <= ranks * (zero.weights + zero.gradients + zero.optimizer) - 18 * total < 3 * ranks
 
 
-def test_checkpointing_saves_activations_and_costs_time() -> None:
-    recompute, keep = TrainerSetup(), TrainerSetup(checkpoints=False)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_checkpointing_saves_activations_and_costs_time(compiled: bool) -> None:
+    recompute, keep = TrainerSetup(compiled=compiled), TrainerSetup(compiled=compiled, checkpoints=False)
     assert (
         estimate_trainer_memory(QWEN3_1_7B, recompute).activations
         < estimate_trainer_memory(QWEN3_1_7B, keep).activations / 5
@@ -106,11 +107,17 @@ def test_a_larger_budget_never_takes_less_memory(smaller: int, larger: int) -> N
         assert estimate_trainer_memory(QWEN3_8B, few).total <= estimate_trainer_memory(QWEN3_8B, many).total
 
 
-def test_generation_comes_near_what_was_measured_on_an_h100() -> None:
-    # 256 samples of 512 tokens at 1.4B: 13,000 to 16,000 tokens/s through /v1/completions.
+@pytest.mark.parametrize(
+    ("shape", "slowest", "fastest"),
+    [("qwen3-1.7b", 0.85 * 20_475, 1.15 * 20_475), ("qwen3-1.4b", 20_000, 22_000)],
+    ids=["Shoal's route", "LLM.generate, which it comes up to"],
+)
+def test_generation_comes_near_what_was_measured_on_an_h100(shape: str, slowest: float, fastest: float) -> None:
+    # docs/decisions/0011: 256 samples of 512 tokens after prompts of 64.
+    model = architecture_from_config(qwen3_config(SHAPES[shape]).to_dict())
     work = replace(WORK, completion_tokens=512, mean_completion_tokens=512)
-    seconds = generation_seconds(QWEN3_1_7B, H100, work, num_engines=1, tensor_parallel_size=1, kv_tokens=500_000)
-    assert 13_000 < 256 * 512 / seconds < 16_000
+    seconds = generation_seconds(model, H100, work, num_engines=1, tensor_parallel_size=1, kv_tokens=500_000)
+    assert slowest < 256 * 512 / seconds < fastest
 
 
 def test_publishes_come_near_what_was_measured_over_cuda_ipc() -> None:
