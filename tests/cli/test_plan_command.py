@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,26 @@ def test_a_model_and_a_kind_of_gpu_give_sizes_times_and_proposals(
     assert ["weights", "6.41"] in [line.split() for line in lines]
     assert any(line.startswith("seconds a step: generation ") for line in lines)
     assert lines[lines.index("layouts that fit, by estimated seconds a step:") + 1].split()[1] == "2"
+
+
+def test_proposals_say_what_to_set_for_passes_and_how_the_blocks_are_taken(
+    qwen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "--model", qwen, "--gpus", "2xH100", "--trainer-processes", "1"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "blocks: compiled one by one, " in printed
+    found = re.search(r"set: .* max_tokens_per_micro_batch=(\d+) recompute_num_layers=(\d+)\n", printed)
+    assert found is not None and int(found[1]) >= 16_384 and 0 < int(found[2]) < 28
+    # What was proposed, given as what to estimate, is the same; and what differs is said.
+    given = ["--max-tokens-per-micro-batch", found[1], "--recompute-num-layers", found[2]]
+    assert main([*words, *given]) == 0
+    proposals = "layouts that fit"
+    assert capsys.readouterr().out.partition(proposals)[0] == printed.partition(proposals)[0]
+    assert main([*words, "--no-regional-compilation"]) == 0
+    assert "blocks: not compiled, " in capsys.readouterr().out
+    assert main([*words, "--no-gradient-checkpointing", "--recompute-num-layers", "3"]) == 2
+    assert "without --no-gradient-checkpointing" in capsys.readouterr().err
 
 
 def test_json_has_the_estimate_in_bytes_and_seconds(qwen: str, capsys: pytest.CaptureFixture[str]) -> None:

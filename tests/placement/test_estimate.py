@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from shoal.bench.shapes import SHAPES, qwen3_config
 from shoal.errors import PlacementError
-from shoal.placement.architecture import architecture_from_config
-from shoal.placement.estimate import DEDICATED_SHARE, Estimate, Layout, estimate, with_best_budget
+from shoal.placement.architecture import Architecture, architecture_from_config
+from shoal.placement.estimate import DEDICATED_SHARE, FILLED_SHARE, Estimate, Layout, estimate, with_best_budget
 from shoal.placement.gpu_kinds import find_gpu_kind, known_gpu_kind
-from shoal.placement.propose import check_fits, layouts, propose
+from shoal.placement.propose import check_fits, layouts, propose, settings_of
 from shoal.placement.step_time import Workload, generation_seconds, publish_seconds, training_seconds
 from shoal.placement.trainer_memory import TrainerSetup, estimate_trainer_memory
 
@@ -35,6 +35,7 @@ QWEN3_1_7B = replace(
 H100 = known_gpu_kind("H100")
 WORK = Workload(num_prompts=32, num_generations=8, prompt_tokens=64, completion_tokens=512, mean_completion_tokens=510)
 ALL = ("ddp", "fsdp2")
+LORA = TrainerSetup(method="lora")
 
 
 def _total(found: Estimate, role: str) -> int:
@@ -85,8 +86,9 @@ def test_shards_add_up_to_the_whole(ranks: int) -> None:
     assert 0 <= ranks * (zero.weights + zero.gradients + zero.optimizer) - 18 * total < 3 * ranks
 
 
-def test_checkpointing_saves_activations_and_costs_time() -> None:
-    recompute, keep = TrainerSetup(), TrainerSetup(checkpoints=False)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_checkpointing_saves_activations_and_costs_time(compiled: bool) -> None:
+    recompute, keep = TrainerSetup(compiled=compiled), TrainerSetup(compiled=compiled, checkpoints=False)
     assert (
         estimate_trainer_memory(QWEN3_1_7B, recompute).activations
         < estimate_trainer_memory(QWEN3_1_7B, keep).activations / 5
@@ -106,11 +108,17 @@ def test_a_larger_budget_never_takes_less_memory(smaller: int, larger: int) -> N
         assert estimate_trainer_memory(QWEN3_8B, few).total <= estimate_trainer_memory(QWEN3_8B, many).total
 
 
-def test_generation_comes_near_what_was_measured_on_an_h100() -> None:
-    # 256 samples of 512 tokens at 1.4B: 13,000 to 16,000 tokens/s through /v1/completions.
+@pytest.mark.parametrize(
+    ("shape", "slowest", "fastest"),
+    [("qwen3-1.7b", 0.85 * 20_475, 1.15 * 20_475), ("qwen3-1.4b", 20_000, 22_000)],
+    ids=["Shoal's route", "LLM.generate, which it comes up to"],
+)
+def test_generation_comes_near_what_was_measured_on_an_h100(shape: str, slowest: float, fastest: float) -> None:
+    # docs/decisions/0011: 256 samples of 512 tokens after prompts of 64.
+    model = architecture_from_config(qwen3_config(SHAPES[shape]).to_dict())
     work = replace(WORK, completion_tokens=512, mean_completion_tokens=512)
-    seconds = generation_seconds(QWEN3_1_7B, H100, work, num_engines=1, tensor_parallel_size=1, kv_tokens=500_000)
-    assert 13_000 < 256 * 512 / seconds < 16_000
+    seconds = generation_seconds(model, H100, work, num_engines=1, tensor_parallel_size=1, kv_tokens=500_000)
+    assert slowest < 256 * 512 / seconds < fastest
 
 
 def test_publishes_come_near_what_was_measured_over_cuda_ipc() -> None:
@@ -169,6 +177,53 @@ def test_proposals_fit_and_the_fastest_is_first(num_gpus: int) -> None:
     for other in found:
         assert all(device.total <= device.limit for device in other.devices)
         assert other.kv_tokens >= WORK.longest and other.setup.micro_batch_tokens >= WORK.longest
+
+
+def test_passes_are_long_enough_first_and_then_as_few_blocks_as_possible_are_computed_again() -> None:
+    # Long enough is 16k tokens: an 8B model's adapter beside float32 weights, on GPUs with more and more memory.
+    apart = Layout(num_trainers=1, num_engines=1)
+    sizes = (40, 50, 60, 70, 100, 140, 200, 400)
+    found = [with_best_budget(QWEN3_8B, replace(H100, memory_bytes=gib << 30), LORA, apart, WORK) for gib in sizes]
+    assert not any(other.problem for other in found)
+    tokens = [other.setup.micro_batch_tokens for other in found]
+    counts = [other.setup.num_recomputed(QWEN3_8B) for other in found]
+    assert tokens == sorted(tokens) and tokens[0] < 16_384 < tokens[-1]
+    assert all(count == QWEN3_8B.num_layers for count, length in zip(counts, tokens, strict=True) if length < 16_384)
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) > 4 and counts[-1] == 0
+    assert all(count == 0 for count, length in zip(counts, tokens, strict=True) if length > 16_384)
+
+
+def test_what_is_kept_of_free_will_leaves_room_for_the_estimate_s_error() -> None:
+    apart = Layout(num_trainers=1, num_engines=1)
+    found = with_best_budget(QWEN3_8B, H100, LORA, apart, WORK)
+    count = found.setup.recomputed
+    assert count is not None and 0 < count < QWEN3_8B.num_layers
+    assert _total(found, "trainer") <= FILLED_SHARE * found.devices[0].limit
+    one_more = estimate(QWEN3_8B, H100, replace(found.setup, recomputed=count - 1), apart, WORK)
+    assert _total(one_more, "trainer") > FILLED_SHARE * one_more.devices[0].limit
+
+
+def test_a_number_of_blocks_and_a_budget_that_are_given_stay_as_they_are() -> None:
+    apart = Layout(num_trainers=1, num_engines=1)
+    given = with_best_budget(QWEN3_1_7B, H100, TrainerSetup(recomputed=7), apart, WORK)
+    assert given.setup.recomputed == 7
+    fixed = with_best_budget(QWEN3_1_7B, H100, TrainerSetup(), apart, WORK, budget=2000)
+    assert fixed.setup.micro_batch_tokens == 2000 and fixed.setup.recomputed == 0
+    none = with_best_budget(QWEN3_1_7B, H100, TrainerSetup(checkpoints=False), apart, WORK, budget=2000)
+    assert "recompute_num_layers" in settings_of(fixed) and "recompute_num_layers" not in settings_of(none)
+    assert none.time == fixed.time
+
+
+def test_blocks_are_taken_for_compiled_where_the_trainer_compiles_them() -> None:
+    layout, mixture = Layout(num_trainers=2, num_engines=1), replace(QWEN3_1_7B, num_moe_layers=28, num_experts=8)
+
+    def is_compiled(model: Architecture, setup: TrainerSetup) -> bool:
+        return estimate(model, H100, setup, layout, WORK).setup.compiled
+
+    assert is_compiled(QWEN3_1_7B, TrainerSetup()) and is_compiled(QWEN3_1_7B, TrainerSetup(sharding="fsdp2"))
+    assert not is_compiled(QWEN3_1_7B, TrainerSetup(sharding="zero3"))
+    assert not is_compiled(QWEN3_1_7B, TrainerSetup(compiled=False))
+    assert not is_compiled(mixture, TrainerSetup())
 
 
 def test_more_gpus_are_never_slower() -> None:

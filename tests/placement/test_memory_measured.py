@@ -127,6 +127,7 @@ def test_the_estimate_is_within_15_percent_of_what_steps_allocate(
         lora_rank=8,
         precision="bf16" if bf16 else "fp32",
         checkpoints=checkpoints,
+        compiled=False,
         micro_batch_tokens=MICRO_BATCH,
         is_masked=True,
         keeps_logits=keeps_logits,

@@ -11,7 +11,7 @@ from typing import Any
 from shoal.errors import PlacementError
 from shoal.placement.architecture import Architecture, architecture_from_config
 from shoal.placement.devices import Device
-from shoal.placement.estimate import DeviceEstimate, Estimate, Layout, estimate, with_best_budget
+from shoal.placement.estimate import DeviceEstimate, Estimate, Layout, with_best_budget
 from shoal.placement.gpu_kinds import GpuKind, find_gpu_kind, gpu_kind, known_gpu_kind
 from shoal.placement.propose import check_fits, propose, settings_of
 from shoal.placement.records import PlacementPlan
@@ -39,8 +39,17 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
         "--sharding", choices=("ddp", "fsdp2", "zero3"), help="default: ddp where it fits, else fsdp2"
     )
     training.add_argument("--no-gradient-checkpointing", action="store_true", help="keep all activations")
+    training.add_argument(
+        "--recompute-num-layers", type=int, metavar="N", help="blocks computed again (default: as few as fit)"
+    )
+    training.add_argument(
+        "--no-regional-compilation", action="store_true", help="do not compile the blocks (default: of dense models)"
+    )
+    training.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)"
+    )
     training.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="default: bf16")
-    training.add_argument("--max-tokens-per-micro-batch", type=int, metavar="N", help="default: the largest that fits")
+    training.add_argument("--max-tokens-per-micro-batch", type=int, metavar="N", help="default: the fastest that fits")
     training.add_argument("--sleep", action="store_true", help="colocated engines sleep in training")
     training.add_argument("--offload-optimizer", action="store_true", help="the optimizer is on the host in rollouts")
     training.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="default: what is left")
@@ -78,7 +87,7 @@ class Sizes:
         proposals: Layouts that fit, the fastest first.
         chosen: What to show where the user asks for no layout; None where the user does.
         options: What the user says about memory: `sleeps`, `offloads_optimizer`, `engine_share`.
-        budget: `max_tokens_per_micro_batch`; None for the largest that fits.
+        budget: `max_tokens_per_micro_batch`; None for the fastest that fits.
         shardings: Those that may be used.
     """
 
@@ -126,10 +135,7 @@ class Sizes:
         found = None
         for sharding in self.shardings if layout.num_trainers > 1 else ("ddp",):
             setup = replace(self.setup, sharding=sharding)
-            if self.budget is None:
-                found = with_best_budget(self.model, self.gpu, setup, layout, self.work)
-            else:
-                found = estimate(self.model, self.gpu, setup, layout, self.work)
+            found = with_best_budget(self.model, self.gpu, setup, layout, self.work, budget=self.budget)
             if not found.problem:
                 break
         assert found is not None, "there is a sharding to try"
@@ -190,6 +196,7 @@ def format_estimate(sizes: Sizes, found: Estimate | None) -> str:
         f"cache a token; {sizes.gpu.name} with {sizes.gpu.memory_bytes / _GIB:.1f} GiB. Estimated memory in GiB:",
         *(line for device in found.devices for line in _device_lines(device)),
         f"KV cache of an engine: {found.kv_tokens:,} tokens",
+        _blocks_line(sizes.model, found.setup),
         f"set: {settings_of(found)}",
         f"seconds a step: generation {time.generate:.1f}, training {time.train:.1f} ({share:.0%} MFU assumed), publish "
         f"{time.publish:.2f}; {time.total:.1f} in all for {work.num_samples} completions",
@@ -201,6 +208,16 @@ def format_estimate(sizes: Sizes, found: Estimate | None) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _blocks_line(model: Architecture, setup: TrainerSetup) -> str:
+    """Say what the blocks' part of memory and seconds rests on."""
+    compiled = "compiled one by one" if setup.compiled else "not compiled"
+    again = setup.num_recomputed(model)
+    return (
+        f"blocks: {compiled}, {again} of {model.num_layers} computed again in the backward pass, in passes of at most "
+        f"{setup.micro_batch_tokens:,} tokens"
+    )
 
 
 def _device_lines(device: DeviceEstimate) -> list[str]:
@@ -251,13 +268,22 @@ def _gpu(args: argparse.Namespace, devices: Sequence[Device], kind: str | None) 
 
 
 def _setup(args: argparse.Namespace) -> TrainerSetup:
+    count = args.recompute_num_layers
+    if count is not None and (count < 0 or args.no_gradient_checkpointing):
+        raise PlacementError(
+            f"--recompute-num-layers={count} says how many blocks gradient checkpointing computes again. "
+            "Give 0 or more, without --no-gradient-checkpointing."
+        )
     targets = None if args.lora_targets is None else frozenset(args.lora_targets.split(","))
     return TrainerSetup(
         method=args.method,
         lora_rank=args.lora_rank,
         lora_targets=targets,
         precision=args.precision,
+        dtype=args.dtype,
         checkpoints=not args.no_gradient_checkpointing,
+        recomputed=args.recompute_num_layers,
+        compiled=not args.no_regional_compilation,
         micro_batch_tokens=args.max_tokens_per_micro_batch or TrainerSetup().micro_batch_tokens,
     )
 

@@ -158,8 +158,11 @@ class Architecture:
             num_tokens: Of all sequences.
             mean_square_length: Sum of the squared lengths, divided by the sum of the lengths.
         """
-        attention = 6 * self.num_layers * self.query_width * mean_square_length
-        return num_tokens * (6 * self.matmul_parameters + attention)
+        return num_tokens * 6 * self.matmul_parameters + self.attention_flops(num_tokens, mean_square_length)
+
+    def attention_flops(self, num_tokens: float, mean_square_length: float) -> float:
+        """Return the part of `training_flops` that is attention's own: scores, and what they weigh."""
+        return num_tokens * 6 * self.num_layers * self.query_width * mean_square_length
 
 
 def architecture_from_config(config: Mapping[str, Any]) -> Architecture:

@@ -1,7 +1,8 @@
-"""Memory and time of one layout: which devices train, which generate, and whether all of it fits."""
+"""Memory and time of one layout: which devices train, which generate, whether all of it fits, and in what passes."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -17,11 +18,13 @@ TRAINER_RUNTIME_BYTES = 3 * _GIB // 2
 ENGINE_RUNTIME_BYTES = 5 * _GIB // 2
 UNUSABLE_SHARE = 0.04
 SLEEPING_ENGINE_BYTES = _GIB
+FILLED_SHARE = 0.85  # of what a device can use, for what need not be there: estimates are within 15 %
 DEDICATED_SHARE = 0.9  # the default of vllm_gpu_memory_utilization
 # What a publish takes beside the weights (benchmarks/results/2026-11-24-one-h200-weights): 362 MiB at an engine.
 ENGINE_PUBLISH_BYTES = 362 << 20
 _TRAINER_PUBLISH_BYTES = 12 << 20
 _AS_FAST = 1.01
+_ENOUGH_TOKENS = 16_384  # of a pass at full speed: the trainer's own rule (trainer/token_budget.py)
 _BUDGETS = tuple(1024 * size for size in (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1))
 
 
@@ -112,7 +115,8 @@ class Estimate:
 
 def estimate(model: Architecture, gpu: GpuKind, setup: TrainerSetup, layout: Layout, work: Workload) -> Estimate:
     """Estimate a layout with the given token budget."""
-    setup = replace(setup, num_ranks=layout.num_trainers)
+    compiled = setup.compiled and _can_compile(model, setup)
+    setup = replace(setup, num_ranks=layout.num_trainers, compiled=compiled)
     limit = int(gpu.memory_bytes * (1 - UNUSABLE_SHARE))
     trainer = _trainer_parts(model, setup)
     weights = -(-2 * model.num_parameters // layout.tensor_parallel_size)
@@ -136,22 +140,66 @@ def estimate(model: Architecture, gpu: GpuKind, setup: TrainerSetup, layout: Lay
 
 
 def with_best_budget(
-    model: Architecture, gpu: GpuKind, setup: TrainerSetup, layout: Layout, work: Workload
+    model: Architecture, gpu: GpuKind, setup: TrainerSetup, layout: Layout, work: Workload, *, budget: int | None = None
 ) -> Estimate:
-    """Estimate a layout with the token budget that is fastest; of those as fast as each other, the largest.
+    """Estimate a layout with the token budget and the blocks computed again that the trainer would choose.
 
-    A micro-batch holds whole sequences: a budget below the longest is no use, nor one above a rank's share of a step.
-    Where engines share the device, a smaller budget leaves them a larger KV cache. Where none fits, the smallest.
+    Passes that are long enough come first, then as many blocks as fit keep their activations, and only then passes
+    grow. None of this fills more than `FILLED_SHARE`; where nothing leaves so much room, passes are as long as fit. A
+    micro-batch holds whole sequences: a budget below the longest is no use, nor one above a rank's share of a step.
+    Where none fits, the smallest.
+
+    Args:
+        model: The policy.
+        gpu: Kind of all GPUs.
+        setup: How it is trained; its number of recomputed blocks, unless that is None, is left as it is.
+        layout: Who gets which GPUs.
+        work: The step.
+        budget: The only one to try; None for all.
     """
     share = max(work.longest, -(-int(work.num_tokens) // layout.num_trainers))
-    budgets = [budget for budget in _BUDGETS if work.longest < budget < share]
+    enough = max(work.longest, min(share, _ENOUGH_TOKENS))
+    budgets = [other for other in _BUDGETS if work.longest < other < share]
     candidates = [*([share] if share <= _BUDGETS[0] else []), *budgets, work.longest]
-    found = [estimate(model, gpu, replace(setup, micro_batch_tokens=budget), layout, work) for budget in candidates]
-    fitting = [(candidate, candidate.time.total) for candidate in found if candidate.time is not None]
-    if not fitting:
-        return found[-1]
-    fastest = min(seconds for _, seconds in fitting)
-    return next(candidate for candidate, seconds in fitting if seconds <= fastest * _AS_FAST)
+    found = [
+        _with_fewest_recomputed(model, gpu, replace(setup, micro_batch_tokens=tokens), layout, work)
+        for tokens in (candidates if budget is None else [budget])
+    ]
+    roomy = [(other, other.time.total) for other in found if other.time is not None and _leaves_room(other)]
+    long_enough = [(other, seconds) for other, seconds in roomy if other.setup.micro_batch_tokens >= enough]
+    if long_enough:
+        fastest = min(seconds for _, seconds in long_enough)
+        return next(other for other, seconds in long_enough if seconds <= fastest * _AS_FAST)
+    if roomy:
+        return roomy[0][0]
+    tight = [other for other in found if not other.problem and other.setup.micro_batch_tokens <= enough]
+    return tight[0] if tight else found[-1]
+
+
+def _with_fewest_recomputed(
+    model: Architecture, gpu: GpuKind, setup: TrainerSetup, layout: Layout, work: Workload
+) -> Estimate:
+    """Estimate a layout with as few blocks computed again as leave room; all of them where no number does."""
+
+    def with_count(count: int) -> Estimate:
+        return estimate(model, gpu, replace(setup, recomputed=count), layout, work)
+
+    if not setup.checkpoints or setup.recomputed is not None:
+        return estimate(model, gpu, setup, layout, work)
+    # More of them never take more memory.
+    count = bisect_left(range(model.num_layers), True, key=lambda count: _leaves_room(with_count(count)))
+    return with_count(count)
+
+
+def _leaves_room(found: Estimate) -> bool:
+    """Whether what trains fits even if it takes somewhat more than estimated."""
+    trainer = found.devices[0]
+    return not found.problem and sum(trainer.parts.values()) <= FILLED_SHARE * trainer.limit
+
+
+def _can_compile(model: Architecture, setup: TrainerSetup) -> bool:
+    """Whether the trainer, left to choose, compiles such blocks on a GPU (trainer/blocks.py)."""
+    return not model.num_moe_layers and setup.sharding != "zero3"
 
 
 def _trainer_parts(model: Architecture, setup: TrainerSetup) -> dict[str, int]:

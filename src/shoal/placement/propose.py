@@ -32,7 +32,8 @@ def propose(
         model: The policy.
         gpu: Kind of all GPUs.
         num_gpus: Of the host.
-        setup: How it is trained; processes, sharding and token budget are searched.
+        setup: How it is trained; processes, sharding, token budget and, unless its number is given, recomputed blocks
+            are searched.
         work: The step.
         shardings: Which may be used, the preferred first.
     """
@@ -96,17 +97,20 @@ def settings_of(found: Estimate) -> str:
         words.append("offload_optimizer_during_rollout=True")
     words.append(f"vllm_tensor_parallel_size={layout.tensor_parallel_size}")
     words.append(f"max_tokens_per_micro_batch={setup.micro_batch_tokens}")
+    if setup.recomputed is not None and setup.checkpoints:
+        words.append(f"recompute_num_layers={setup.recomputed}")
     return " ".join(words)
 
 
 def _smaller(asked: Estimate, model: Architecture, gpu: GpuKind, work: Workload) -> str:
     """Look for what fits the same GPUs with less to train or shorter completions."""
+    recomputing = replace(asked.setup, checkpoints=True, recomputed=None)
     changes: tuple[tuple[str, TrainerSetup, Workload], ...] = (
-        ("gradient checkpointing", replace(asked.setup, checkpoints=True), work),
-        ("a LoRA adapter (--method lora)", replace(asked.setup, method="lora", checkpoints=True), work),
+        ("gradient checkpointing", recomputing, work),
+        ("a LoRA adapter (--method lora)", replace(recomputing, method="lora"), work),
         (
             f"completions of at most {max(1, work.completion_tokens // 4)} tokens",
-            replace(asked.setup, checkpoints=True),
+            recomputing,
             replace(
                 work,
                 completion_tokens=max(1, work.completion_tokens // 4),
@@ -117,7 +121,7 @@ def _smaller(asked: Estimate, model: Architecture, gpu: GpuKind, work: Workload)
     fitting = [
         words
         for words, setup, smaller in changes
-        if (setup, smaller) != (asked.setup, work)
+        if (setup.method, setup.checkpoints, smaller) != (asked.setup.method, asked.setup.checkpoints, work)
         and not with_best_budget(model, gpu, setup, asked.layout, smaller).problem
     ]
     return ", or ".join(fitting)

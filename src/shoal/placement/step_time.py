@@ -9,17 +9,25 @@ from shoal.placement.architecture import Architecture
 from shoal.placement.gpu_kinds import GpuKind
 from shoal.placement.trainer_memory import TrainerSetup
 
-# Dense pretraining in bfloat16 reaches 38 to 43 % of the peak, operations of recomputation not counted (Dubey et al.
-# 2024, The Llama 3 Herd of Models, table 4). Not measured with Shoal on GPUs yet.
-TRAINING_EFFICIENCY = 0.40
+# Of one H200 (benchmarks/results/2026-11-29-one-h200-training, decision 18): in what attention leaves of a step,
+# compiled blocks reach 52.0 % (1.4B), 53.4 % (1.7B) and 52.7 % (8B with LoRA) of the peak, products and all between.
+_PRODUCT_EFFICIENCY = 0.527
+# FlashAttention-2's kernels there; they were made for GPUs before Hopper, of which they take as large a share as
+# products do (Dao 2023, FlashAttention-2, section 4.1).
+_ATTENTION_FLOPS_PER_S = 210e12
+# Uncompiled blocks: operations over the float32 residual stream that compiling fuses (decision 18), each read and
+# written once; computing a block again repeats a quarter of them.
+_UNFUSED_OPERATIONS = 96
+_UNFUSED_TRAFFIC_BYTES = 2 * 4
+_FORWARD_SHARE = 0.25
 # AdamW reads and writes weights and two moments and reads gradients, all float32.
 _ADAM_TRAFFIC_BYTES = 4 * (3 * 2 + 1)
 # Of a decode step on an H100 with 1.7B (docs/decisions/0008): 4 ms of which 1.45 are reading the weights at 70 % of the
-# memory's rate, and 0.049 us a token of context, 70 % again. 32 us a sequence make 256 samples of 512 tokens come out
-# at 15k tokens/s with 1.4B, where 13 to 16k were measured through /v1/completions.
+# memory's rate, and 0.049 us a token of context, 70 % again. 17.5 us a sequence make 256 samples of 512 tokens come out
+# at the 20,475 tokens/s that were measured with 1.7B by Shoal's route (docs/decisions/0011).
 _MEMORY_EFFICIENCY = 0.70
 _STEP_S = 2.55e-3
-_SEQUENCE_S = 32e-6
+_SEQUENCE_S = 17.5e-6
 _PREFILL_EFFICIENCY = 0.50  # 8.5 us a prompt token at 1.7B are 41 % of an H100's peak; larger models come nearer to it
 # benchmarks/results/2026-11-24-one-h200-weights: 1.19 GB in 21.4 ms and 16.4 GB in 84.0 ms over CUDA IPC.
 _PUBLISH_S = 16.5e-3
@@ -87,16 +95,16 @@ class StepTime:
 
 def training_seconds(model: Architecture, gpu: GpuKind, setup: TrainerSetup, work: Workload) -> tuple[float, float]:
     """Return the seconds of the training part on all ranks, and the operations that count in MFU."""
-    useful = model.training_flops(work.num_tokens, work.prompt_tokens + work.mean_completion_tokens)
-    # A frozen matrix needs no gradient of its own: 4 of 6 operations are left. Recomputing adds 2.
-    done = useful * ((4 if setup.method == "lora" else 6) + (2 if setup.checkpoints else 0)) / 6
-    # The published efficiency is of runs that recompute little, so all operations count as equally fast.
-    compute = done / (setup.num_ranks * gpu.flops * TRAINING_EFFICIENCY)
+    length = work.prompt_tokens + work.mean_completion_tokens
+    # A frozen matrix needs no gradient of its own: of 6 operations for a parameter and token, 4 are left.
+    products = (4 if setup.method == "lora" else 6) * model.matmul_parameters * work.num_tokens
+    attention = model.attention_flops(work.num_tokens, length)
+    compute = _compute_seconds(model, gpu, setup, work.num_tokens, products, attention) / setup.num_ranks
     num_micro_batches = max(1, math.ceil(work.num_tokens / setup.num_ranks / setup.micro_batch_tokens))
     wire = _wire_bytes(model, setup, num_micro_batches) / (gpu.link_bytes_per_s * _LINK_EFFICIENCY)
     shards = 1 if setup.sharding == "ddp" else setup.num_ranks
     adam = _ADAM_TRAFFIC_BYTES * setup.trainable(model) / shards / (gpu.memory_bytes_per_s * _MEMORY_EFFICIENCY)
-    return max(compute, wire) + adam, useful
+    return max(compute, wire) + adam, products + attention
 
 
 def generation_seconds(
@@ -142,6 +150,32 @@ def publish_seconds(
     if is_colocated:
         return _PUBLISH_S + everything / num_workers / _IPC_BYTES_PER_S
     return _PUBLISH_S + everything / min(num_ranks, num_workers) / (gpu.link_bytes_per_s * _LINK_EFFICIENCY)
+
+
+def _compute_seconds(
+    model: Architecture, gpu: GpuKind, setup: TrainerSetup, num_tokens: float, products: float, attention: float
+) -> float:
+    """Return the seconds of one GPU for all tokens: products, attention, and what is not fused with products.
+
+    Args:
+        model: The policy.
+        gpu: Its kind.
+        setup: Which blocks are computed again, and whether they are compiled.
+        num_tokens: Of a step.
+        products: Operations of matrix products, recomputation not counted.
+        attention: Operations of attention, recomputation not counted.
+    """
+    again = setup.num_recomputed(model) / model.num_layers
+    # Forward is 2 of 6 operations; the output's matrix is not computed again.
+    products += again * 2 * (model.matmul_parameters - model.embedding_parameters) * num_tokens
+    attention += again * attention / 3
+    product_rate = gpu.flops * _PRODUCT_EFFICIENCY
+    seconds = products / product_rate + attention / min(product_rate, _ATTENTION_FLOPS_PER_S)
+    if setup.compiled:
+        return seconds
+    operations = _UNFUSED_OPERATIONS * model.num_layers * (1 + _FORWARD_SHARE * again)
+    traffic = operations * _UNFUSED_TRAFFIC_BYTES * model.hidden * num_tokens
+    return seconds + traffic / (gpu.memory_bytes_per_s * _MEMORY_EFFICIENCY)
 
 
 def _wire_bytes(model: Architecture, setup: TrainerSetup, num_micro_batches: int) -> float:

@@ -1,9 +1,9 @@
 """What a trainer process keeps on its device, part by part, at the moment when it is most.
 
-The weights are float32 and so are gradients and Adam's two moments; with `precision="bf16"` autocast computes in
-bfloat16 (`trainer/model.py`, `trainer/forward.py`). The bytes of a block are those of the tensors that autograd
-keeps in transformers 5.19, found by listing them; `tests/placement/test_memory_measured.py` compares all this with the
-peak of real training steps.
+The weights are float32 unless the settings say otherwise and so are gradients and Adam's two moments; with
+`precision="bf16"` autocast computes in bfloat16 (`trainer/model.py`, `trainer/forward.py`). The bytes of a block are
+those of the tensors that autograd keeps, found by listing them; `tests/placement/test_memory_measured.py` compares all
+this with the peak of real training steps on a CPU, `test_measured_on_gpus.py` with those of an H200.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from shoal.placement.architecture import Architecture
 Method: TypeAlias = Literal["full", "lora"]
 Sharding: TypeAlias = Literal["ddp", "fsdp2", "zero3"]
 Precision: TypeAlias = Literal["bf16", "fp32"]
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
 _FLOAT, _HALF = 4, 2
 _ADAM_BYTES = 2 * _FLOAT
 # Logits taken up at once, of algorithm/logprobs.py and algorithm/lm_head.py, which this room may not import.
 _CHUNK_ELEMENTS = 1 << 25
 _TILE_ELEMENTS = 1 << 24
-_TILES = 4  # float32 tiles' worth of temporaries
+_TILES = 4  # float32 tiles' worth of temporaries; where there are kernels, one 16-bit tile of as many elements
 _MASK_BYTES = 1 + _FLOAT  # booleans, and what scaled_dot_product_attention turns them into
 _IN_FLIGHT_BLOCKS = 2  # FSDP2 gathers the next block while one computes
 
@@ -37,8 +38,11 @@ class TrainerSetup:
         lora_targets: Matrices that it adapts; None for all of every block.
         sharding: DDP (also for one process), FSDP2, or DeepSpeed ZeRO-3.
         num_ranks: Trainer processes.
-        precision: `"bf16"`: float32 weights, computed with in bfloat16. `"fp32"`: float32 throughout.
-        checkpoints: Gradient checkpointing: each block is computed again in the backward pass.
+        precision: `"bf16"`: autocast computes in bfloat16. `"fp32"`: float32 throughout.
+        dtype: Of the weights; an adapter's are float32 whatever it is.
+        checkpoints: Gradient checkpointing: blocks are computed again in the backward pass.
+        recomputed: How many of them, the first ones; None for all. Without `checkpoints` none.
+        compiled: Blocks are compiled one by one (`regional_compilation`).
         micro_batch_tokens: Tokens of a packed forward pass.
         is_masked: Attention takes a mask of tokens x tokens (on CPUs), not the lengths of the sequences.
         keeps_logits: Logits of a whole micro-batch exist at once (`fused_logprobs=False`); else a tile of them does.
@@ -50,7 +54,10 @@ class TrainerSetup:
     sharding: Sharding = "ddp"
     num_ranks: int = 1
     precision: Precision = "bf16"
+    dtype: Dtype = "float32"
     checkpoints: bool = True
+    recomputed: int | None = None
+    compiled: bool = True
     micro_batch_tokens: int = 8192
     is_masked: bool = False
     keeps_logits: bool = False
@@ -63,7 +70,18 @@ class TrainerSetup:
     @property
     def casts_weights(self) -> bool:
         """Whether autocast makes copies of float32 weights; FSDP2 and ZeRO-3 gather them in bfloat16 instead."""
-        return self.precision == "bf16" and self.sharding == "ddp"
+        return self.precision == "bf16" and self.dtype == "float32" and self.sharding == "ddp"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a number of the model's weights."""
+        return _FLOAT if self.dtype == "float32" else _HALF
+
+    def num_recomputed(self, model: Architecture) -> int:
+        """Return how many of the model's blocks are computed again."""
+        if not self.checkpoints:
+            return 0
+        return model.num_layers if self.recomputed is None else min(self.recomputed, model.num_layers)
 
     def trainable(self, model: Architecture) -> int:
         """Return how many parameters are trained."""
@@ -120,7 +138,7 @@ def estimate_trainer_memory(model: Architecture, setup: TrainerSetup) -> Trainer
         (kept_copies, kept + final, head),
         (kept_copies, kept + final, _output_matrix(model, setup)),
         (kept_copies, kept + block, 0),
-        (0, 0, _FLOAT * model.embedding_parameters if setup.method == "full" else 0),
+        (0, 0, setup.weight_bytes * model.embedding_parameters if setup.method == "full" else 0),
     )
     copies, activations, logprobs = max(moments, key=sum)
     return TrainerMemory(
@@ -135,6 +153,8 @@ def estimate_trainer_memory(model: Architecture, setup: TrainerSetup) -> Trainer
 
 def saved_bytes_per_token(model: Architecture, setup: TrainerSetup) -> int:
     """Return what autograd keeps of one block for each token, if the block is not computed again."""
+    if setup.compiled:
+        return _saved_compiled(model, setup)
     hidden, query, kv, norms = model.hidden, model.query_width, model.kv_width, model.norms_per_block
     compute = setup.compute_bytes
     # Normalisations compute in float32; what they normalised is kept for the gradient of their weights. Autocast casts
@@ -154,6 +174,23 @@ def saved_bytes_per_token(model: Architecture, setup: TrainerSetup) -> int:
     return norms * per_norm + inputs + heads + attention + mlp
 
 
+def _saved_compiled(model: Architecture, setup: TrainerSetup) -> int:
+    """Return the same of a compiled block, in which what is cheap is made again of what the products need.
+
+    The block's input, the norms' outputs and that of attention's last product; queries and keys before their own norm;
+    what attention takes and gives; gate, up and their product. Found by listing what torch 2.13's partitioner keeps.
+    """
+    hidden, query, compute = model.hidden, model.query_width, setup.compute_bytes
+    stream = _stream_bytes(setup) * hidden
+    rows = (model.norms_per_block + 1) * compute * hidden
+    heads = compute * (query + model.kv_width) if model.normalises_heads else 0
+    # Keys and values are as wide as queries where the kernel does not group heads (trainer/attention.py), which what
+    # was measured with torch 2.11 agrees with. Beside them a float32 number for each head.
+    attention = 4 * compute * query + _FLOAT * model.num_heads
+    mlp = 3 * compute * model.intermediate * max(1, model.experts_per_token)
+    return stream + rows + heads + attention + mlp
+
+
 def _held(model: Architecture, setup: TrainerSetup) -> tuple[int, int, int]:
     """Return weights, gradients and optimizer of one rank."""
     total, trainable = model.num_parameters, setup.trainable(model)
@@ -164,7 +201,13 @@ def _held(model: Architecture, setup: TrainerSetup) -> tuple[int, int, int]:
         # estimate_zero3_model_states_mem_needs_all_live).
         held = _HALF * (frozen + trainable), _FLOAT * trainable, (_FLOAT + _ADAM_BYTES) * trainable
     else:
-        held = _FLOAT * (frozen + trainable), _FLOAT * trainable, _ADAM_BYTES * trainable
+        # Gradients and moments are of their weights' type; PEFT makes an adapter float32.
+        of_trained = _FLOAT if setup.method == "lora" else setup.weight_bytes
+        held = (
+            setup.weight_bytes * frozen + of_trained * trainable,
+            of_trained * trainable,
+            2 * of_trained * trainable,
+        )
     if setup.sharding == "ddp":
         # DDP's buckets hold a second copy of all gradients unless gradient_as_bucket_view is set, which accelerate
         # leaves off.
@@ -187,12 +230,12 @@ def _copies(model: Architecture, setup: TrainerSetup) -> tuple[int, int]:
         return largest, largest
     if not setup.casts_weights:
         return 0, 0
+    blocks = _HALF * (_all_matrices(model) - model.embedding_parameters)
     head = _HALF * model.embedding_parameters
-    everything = _HALF * _all_matrices(model)
-    if not setup.checkpoints:
-        return everything, everything
-    # Autocast remembers what it has cast of trained weights until the forward pass ends; of frozen ones it does not.
-    return (everything if setup.method == "full" else head), head
+    kept = head + blocks * (model.num_layers - setup.num_recomputed(model)) // model.num_layers
+    # Autocast remembers what it has cast of trained weights until the forward pass ends; of frozen ones it does not,
+    # nor does a compiled block, which casts for itself.
+    return (head + blocks if setup.method == "full" and not setup.compiled else kept), kept
 
 
 def _kept_activations(model: Architecture, setup: TrainerSetup) -> int:
@@ -200,15 +243,20 @@ def _kept_activations(model: Architecture, setup: TrainerSetup) -> int:
     tokens = setup.micro_batch_tokens
     stream = _stream_bytes(setup) * model.hidden * tokens
     mask = _MASK_BYTES * tokens**2 if setup.is_masked else 0
-    if setup.checkpoints:
-        return model.num_layers * stream + mask
-    return model.num_layers * saved_bytes_per_token(model, setup) * tokens + mask
+    recomputed = setup.num_recomputed(model)
+    kept = (model.num_layers - recomputed) * saved_bytes_per_token(model, setup) * tokens
+    return recomputed * stream + kept + mask
 
 
 def _block_backward(model: Architecture, setup: TrainerSetup) -> int:
-    """Return what the backward pass of one block holds beyond what was kept: the block once more, and gradients."""
+    """Return what the backward pass of the last block holds beyond what was kept: gradients, and what is made again.
+
+    Where some blocks are kept, the last one is, and they are gone when the backward pass comes to the others.
+    """
     tokens = setup.micro_batch_tokens
-    again = saved_bytes_per_token(model, setup) * tokens if setup.checkpoints else 0
+    is_recomputed = setup.num_recomputed(model) == model.num_layers
+    beyond_input = saved_bytes_per_token(model, setup) - _stream_bytes(setup) * model.hidden
+    again = beyond_input * tokens if is_recomputed else 0
     # The stream's gradient, and in the MLP those of the product and of one of its factors, beside one temporary.
     gradients = _stream_bytes(setup) * model.hidden + 3 * setup.compute_bytes * model.intermediate
     return again + gradients * tokens
@@ -227,8 +275,9 @@ def _logprobs(model: Architecture, setup: TrainerSetup) -> int:
     """
     elements = _logit_elements(model, setup)
     if not setup.keeps_logits:
-        tiles = _TILES * _FLOAT * min(elements, _TILE_ELEMENTS)
-        matrix = _FLOAT * model.embedding_parameters if setup.method == "full" else 0
+        each = setup.compute_bytes  # the kernels leave 16-bit products as they are; elsewhere tiles become float32
+        tiles = _TILES * each * min(elements, _TILE_ELEMENTS)
+        matrix = setup.weight_bytes * model.embedding_parameters if setup.method == "full" else 0
         return tiles + _FLOAT * model.hidden * setup.micro_batch_tokens + matrix
     # accelerate makes float32 of the model's outputs.
     return 2 * _FLOAT * elements + _FLOAT * min(elements, max(_CHUNK_ELEMENTS, model.vocabulary))
@@ -239,7 +288,7 @@ def _output_matrix(model: Architecture, setup: TrainerSetup) -> int:
     if not setup.keeps_logits:
         return 0
     cast = _HALF if setup.casts_weights else 0
-    matrix = (_FLOAT + cast) * model.embedding_parameters if setup.method == "full" else 0
+    matrix = (setup.weight_bytes + cast) * model.embedding_parameters if setup.method == "full" else 0
     return (_FLOAT + cast) * _logit_elements(model, setup) + matrix
 
 

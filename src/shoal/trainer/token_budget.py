@@ -1,7 +1,8 @@
 """How many tokens a packed forward and backward pass may have, from the memory that is free on this rank's GPU.
 
-An estimate by the shapes of the model, meant to be safe rather than sharp: what is not counted (allocator fragments,
-workspaces, MoE routing) has to fit into the share that is left. `placement/` can use `bytes_per_token` for its plans.
+An estimate by the shapes of any model, meant to be safe rather than sharp: what is not counted (allocator fragments,
+workspaces, MoE routing) has to fit into the share that is left. `placement/trainer_memory.py` is the sharp one, of the
+families that it knows.
 """
 
 from __future__ import annotations
