@@ -1,0 +1,154 @@
+"""Processor time of an engine's core and front end without any model: vLLM's scheduler against ours.
+
+    python benchmarks/core_cpu.py [--samples 256] [--tokens 200] [--goes 3] [--kinds vllm,holds,blocks,ours]
+
+The core runs in its own process as always, and schedules asynchronously as on GPUs (with blocks of 32 tokens, where
+those have 16), but an executor that computes nothing answers each step with random tokens at once. The last line is one
+JSON object: seconds for a million tokens, a list of goes for each kind and process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from vllm import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+
+from shoal import vllm_compat
+from shoal.bench.shapes import SHAPES, qwen3_config
+from shoal.testing import tiny_tokenizer
+from shoal.vllm_plugin.scheduler import PATH, HoldingScheduler
+
+VOCABULARY = SHAPES["tiny"].vocabulary
+KINDS = {"vllm": None, "holds": "core_cpu.holding", "blocks": "core_cpu.sparing", "ours": PATH}
+
+
+class NullExecutor(UniProcExecutor):
+    """Starts a worker with a model, and never runs it."""
+
+    def _init_executor(self) -> None:
+        super()._init_executor()
+        self.vllm_config.scheduler_config.async_scheduling = True  # which vLLM refuses on CPUs
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """Take a step in."""
+        self._step = scheduler_output
+        is_empty = scheduler_output.total_num_scheduled_tokens == 0
+        return _done(ModelRunnerOutput(req_ids=[], req_id_to_index={}) if is_empty else None)
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+        """Return a token for each request of the step."""
+        names = list(self._step.num_scheduled_tokens)
+        tokens = np.random.randint(3, VOCABULARY, (len(names), 1), dtype=np.int32)
+        return _done(
+            ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: index for index, name in enumerate(names)},
+                sampled_token_ids=tokens.tolist(),
+                logprobs=LogprobsLists(
+                    tokens, np.random.rand(len(names), 1).astype(np.float32), np.zeros(len(names), dtype=np.int32)
+                ),
+                prompt_logprobs_dict={},
+            )
+        )
+
+
+def holding(**arguments: Any) -> Any:
+    """Return a scheduler that holds outputs, and looks after blocks as vLLM does."""
+    base = vllm_compat.scheduler_class(arguments["vllm_config"])
+    return type("Holding", (HoldingScheduler, base), {})(**arguments)
+
+
+def sparing(**arguments: Any) -> Any:
+    """Return vLLM's scheduler, which looks after blocks when they are full."""
+    scheduler = vllm_compat.scheduler_class(arguments["vllm_config"])(**arguments)
+    vllm_compat.skip_idle_block_work(scheduler)
+    return scheduler
+
+
+def main() -> None:
+    """Measure one kind after the other."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--goes", type=int, default=3)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    settings = parser.parse_args()
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+        "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        qwen3_config(SHAPES["tiny"]).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        print(json.dumps({kind: asyncio.run(_measure(kind, folder, settings)) for kind in settings.kinds.split(",")}))
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's core is a child that must not be waited for
+
+
+async def _measure(kind: str, folder: str, settings: argparse.Namespace) -> dict[str, list[float]]:
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=folder, load_format="dummy", dtype="float32", max_model_len=512, max_num_seqs=settings.samples,
+            block_size=32, logprobs_mode="processed_logprobs", generation_config="vllm", enforce_eager=True,
+            enable_chunked_prefill=False, scheduler_cls=KINDS[kind],
+            distributed_executor_backend="core_cpu.NullExecutor",
+        )
+    )  # fmt: skip
+    front_end = psutil.Process()
+    (core,) = (child for child in front_end.children(recursive=True) if vllm_compat.computes(" ".join(child.cmdline())))
+    result: dict[str, list[float]] = {"core": [], "front_end": [], "wall": []}
+    for go in range(-1, settings.goes):
+        before = _cpu(core), _cpu(front_end), time.perf_counter()
+        await asyncio.gather(*(_write(engine, go, i, settings.tokens, kind) for i in range(settings.samples)))
+        after = _cpu(core), _cpu(front_end), time.perf_counter()
+        if go >= 0:  # the first one warms up
+            for values, start, end in zip(result.values(), before, after, strict=True):
+                values.append(round((end - start) / (settings.samples * settings.tokens) * 1e6, 2))
+    print(kind, result, file=sys.stderr, flush=True)
+    engine.shutdown()
+    return result
+
+
+async def _write(engine: Any, go: int, index: int, num_tokens: int, kind: str) -> None:
+    prompt = random.Random(go * 1000 + index).choices(range(3, VOCABULARY), k=64)
+    params = vllm_compat.sampling_params(
+        {"temperature": 1.0, "max_tokens": num_tokens, "ignore_eos": True},
+        seed=index,
+        flush_tokens=64,
+        is_held=kind in ("holds", "ours"),
+    )
+    pieces = vllm_compat.write(engine, prompt, params, name=f"{go}-{index}", adapter=None, cache_salt="")
+    written = [len(piece.token_ids) async for piece in pieces]
+    assert sum(written) == num_tokens, written
+
+
+def _cpu(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+if __name__ == "__main__":
+    main()
