@@ -1,10 +1,10 @@
 """Processor time of an engine's core and front end without any model: vLLM's scheduler against ours.
 
-    python benchmarks/core_cpu.py [--samples 256] [--tokens 200] [--goes 3] [--kinds vllm,holds,blocks,ours]
+    python benchmarks/core_cpu.py [--samples 256] [--tokens 200] [--goes 3] [--kinds vllm,ours] [--options JSON]
 
-The core runs in its own process as always, and schedules asynchronously as on GPUs (with blocks of 32 tokens, where
-those have 16), but an executor that computes nothing answers each step with random tokens at once. The last line is one
-JSON object: seconds for a million tokens, a list of goes for each kind and process.
+The core runs in its own process as always, and schedules asynchronously as on GPUs, but an executor
+without workers answers each step with random tokens at once. The last line is one JSON object: seconds for a million
+tokens, a list of goes for each kind and process.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
 from shoal import vllm_compat
@@ -37,12 +39,38 @@ VOCABULARY = SHAPES["tiny"].vocabulary
 KINDS = {"vllm": None, "holds": "core_cpu.holding", "blocks": "core_cpu.sparing", "ours": PATH}
 
 
-class NullExecutor(UniProcExecutor):
-    """Starts a worker with a model, and never runs it."""
+class NullExecutor(Executor):
+    """Has no worker."""
+
+    supports_pp = True
 
     def _init_executor(self) -> None:
-        super()._init_executor()
         self.vllm_config.scheduler_config.async_scheduling = True  # which vLLM refuses on CPUs
+
+    def collective_rpc(self, method: Any, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Answer as one worker with one layer and 1 GiB would."""
+        spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+        answers = {
+            "get_kv_cache_spec": {"layer": spec},
+            "determine_available_memory": 1 << 30,
+            "get_supported_tasks": ("generate",),
+            "get_supported_kv_cache_layouts": ["LBNHC"],
+        }
+        return [answers.get(method)]
+
+    def initialize_from_config(self, kv_cache_configs: Any) -> None:
+        """Allocate nothing."""
+
+    def compile_or_warm_up_model(self) -> None:
+        """Compile nothing."""
+
+    @classmethod
+    def supports_async_scheduling(cls) -> bool:
+        """Say that a step may be asked for before the one before it is fetched."""
+        return True
+
+    def check_health(self) -> None:
+        """Be healthy."""
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """Take a step in."""
@@ -87,6 +115,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--goes", type=int, default=3)
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--options", type=json.loads, default={}, help="further engine arguments, as JSON")
     settings = parser.parse_args()
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
@@ -106,9 +135,9 @@ async def _measure(kind: str, folder: str, settings: argparse.Namespace) -> dict
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=folder, load_format="dummy", dtype="float32", max_model_len=512, max_num_seqs=settings.samples,
-            block_size=32, logprobs_mode="processed_logprobs", generation_config="vllm", enforce_eager=True,
+            block_size=16, logprobs_mode="processed_logprobs", generation_config="vllm", enforce_eager=True,
             enable_chunked_prefill=False, scheduler_cls=KINDS[kind],
-            distributed_executor_backend="core_cpu.NullExecutor",
+            distributed_executor_backend="core_cpu.NullExecutor", **settings.options,
         )
     )  # fmt: skip
     front_end = psutil.Process()

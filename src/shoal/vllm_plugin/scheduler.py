@@ -30,7 +30,7 @@ def make_scheduler(**arguments: Any) -> Any:
     if surprise := vllm_compat.why_not_hold():
         logger.warning("every token goes to the front end by itself, which costs speed: %s", surprise)
         return base(**arguments)
-    scheduler = type("ShoalScheduler", (HoldingScheduler, base), {})(**arguments)
+    scheduler = type("ShoalScheduler", (HoldingScheduler, base), {"__module__": __name__})(**arguments)
     vllm_compat.skip_idle_block_work(scheduler)
     return scheduler
 
