@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
@@ -32,15 +33,15 @@ _CORE_TITLES = ("VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator")
 
 # In a request's `extra_args`: its outputs may reach the front end later and several at once.
 _MAY_HOLD = "shoal_may_hold"
-# The fields of an output that a step may fill (0.26 to 0.32), apart from its tokens and their logprobs: those that
-# come with a request's first or last output, or in every one alike. What is filled by settings that Shoal never makes
-# (routed experts, masks) is left out of `why_not_hold`.
+# The fields of an output that a step may fill (0.26 to 0.33), apart from its tokens and their logprobs: those that
+# come with a request's first or last output or in every one alike, and those that our route hands on to nobody (routed
+# experts, masks).
 _KNOWN_OUTPUT_FIELDS = frozenset(
     {
         "request_id", "new_token_ids", "new_logprobs", "new_prompt_logprobs_tensors", "pooling_output", "finish_reason",
         "stop_reason", "events", "kv_transfer_params", "ec_transfer_params", "trace_headers", "prefill_stats",
         "routed_experts", "num_nans_in_logits", "mm_cache_miss_hashes", "new_sampling_mask", "spec_decode_metrics",
-        "prompt_token_id_logprobs",
+        "prompt_token_id_logprobs", "error",
     }
 )  # fmt: skip
 
@@ -268,23 +269,33 @@ def says_something(message: Any) -> bool:
     return bool(message.outputs or message.scheduler_stats is not None or message.finished_requests)
 
 
-def skip_idle_block_work(scheduler: Any) -> None:
+def skip_idle_block_work(scheduler: Any) -> str | None:
     """Have a scheduler look after a request's cache blocks when it fills one, rather than for each token.
 
-    vLLM (0.26 to 0.32) asks four objects for each request of each step whether it needs a block, and tries to enter
+    vLLM (0.26 to 0.33) asks four objects for each request of each step whether it needs a block, and tries to enter
     its full blocks in the prefix cache. Most of the time nothing of it can be due, which two numbers tell. Only for
     models with full attention alone, no speculation and no connector; elsewhere this does nothing.
+
+    Returns:
+        What is not as expected in this vLLM, which then goes on as it did; None if nothing is.
     """
-    manager = scheduler.kv_cache_manager
-    groups = manager.coordinator.single_type_managers
-    if scheduler.connector is not None or scheduler.num_lookahead_tokens or len(groups) != 1:
-        return
-    (group,) = groups
-    size = group.block_size
-    if type(group).__name__ != "FullAttentionManager" or manager.block_pool.hash_block_size != size:
-        return
-    allocate, cache = manager.allocate_slots, manager.cache_blocks
-    blocks_of, nothing = group.req_to_blocks, manager.empty_kv_cache_blocks
+    try:
+        manager = scheduler.kv_cache_manager
+        groups = manager.coordinator.single_type_managers
+        if scheduler.connector is not None or scheduler.num_lookahead_tokens or len(groups) != 1:
+            return None
+        (group,) = groups
+        size = group.block_size
+        if type(group).__name__ != "FullAttentionManager" or manager.block_pool.hash_block_size != size:
+            return None
+        allocate, cache = manager.allocate_slots, manager.cache_blocks
+        blocks_of, nothing = group.req_to_blocks, manager.empty_kv_cache_blocks
+    except AttributeError as error:
+        return str(error)
+    expected = {allocate: ("request", "num_new_tokens"), cache: ("request", "num_computed_tokens")}
+    for method, names in expected.items():
+        if (given := tuple(inspect.signature(method).parameters)[:2]) != names:
+            return f"{method.__name__} takes {given}, not {names}"
 
     def allocate_slots(request: Any, num_new_tokens: int, **options: Any) -> Any:
         # Running requests are asked for with this option alone, others with more.
@@ -300,6 +311,7 @@ def skip_idle_block_work(scheduler: Any) -> None:
 
     manager.allocate_slots = allocate_slots
     manager.cache_blocks = cache_blocks
+    return None
 
 
 def check_nothing_derived(model: nn.Module) -> None:

@@ -127,11 +127,11 @@ def blocks(num_blocks: int, **changes: Any) -> tuple[Any, list[Any]]:
         coordinator=SimpleNamespace(single_type_managers=(FullAttentionManager(),)),
         block_pool=SimpleNamespace(hash_block_size=16),
         empty_kv_cache_blocks="nothing",
-        allocate_slots=lambda *args, **options: calls.append((args[1:], options)) or "some",
-        cache_blocks=lambda request, num_tokens: calls.append(num_tokens),
+        allocate_slots=lambda request, num_new_tokens, **options: calls.append(options) or "some",
+        cache_blocks=lambda request, num_computed_tokens: calls.append(num_computed_tokens),
     )
     settings = {"kv_cache_manager": manager, "connector": None, "num_lookahead_tokens": 0} | changes
-    vllm_compat.skip_idle_block_work(SimpleNamespace(**settings))
+    assert vllm_compat.skip_idle_block_work(SimpleNamespace(**settings)) is None
     return manager, calls
 
 
@@ -162,6 +162,16 @@ def test_with_a_connector_or_speculation_vllm_looks_after_blocks_itself(changes:
     manager, calls = blocks(2, **changes)
     assert manager.allocate_slots(computed(20), 1, num_lookahead_tokens=0) == "some"
     assert len(calls) == 1
+
+
+def test_a_manager_that_is_not_as_expected_is_left_alone_and_it_is_said_why() -> None:
+    bare = SimpleNamespace(kv_cache_manager=SimpleNamespace())
+    assert "coordinator" in str(vllm_compat.skip_idle_block_work(bare))
+    manager, _ = blocks(2)
+    manager.cache_blocks = stranger = lambda request, first, last: None
+    scheduler = SimpleNamespace(kv_cache_manager=manager, connector=None, num_lookahead_tokens=0)
+    assert "('request', 'first')" in str(vllm_compat.skip_idle_block_work(scheduler))
+    assert manager.cache_blocks is stranger
 
 
 @pytest.mark.engine

@@ -31,7 +31,8 @@ def make_scheduler(**arguments: Any) -> Any:
         logger.warning("every token goes to the front end by itself, which costs speed: %s", surprise)
         return base(**arguments)
     scheduler = type("ShoalScheduler", (HoldingScheduler, base), {"__module__": __name__})(**arguments)
-    vllm_compat.skip_idle_block_work(scheduler)
+    if surprise := vllm_compat.skip_idle_block_work(scheduler):
+        logger.warning("cache blocks are looked after for every token, which costs speed: %s", surprise)
     return scheduler
 
 
