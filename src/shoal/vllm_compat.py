@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
@@ -29,6 +30,20 @@ _PLAIN_ON_CUDA = frozenset({"UnquantizedLinearMethod", "UnquantizedEmbeddingMeth
 _PLAIN_EXPERTS_ON_CUDA = frozenset({"TRITON", "BATCHED_TRITON"})
 
 _CORE_TITLES = ("VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator")
+
+# In a request's `extra_args`: its outputs may reach the front end later and several at once.
+_MAY_HOLD = "shoal_may_hold"
+# The fields of an output that a step may fill (0.26 to 0.33), apart from its tokens and their logprobs: those that
+# come with a request's first or last output or in every one alike, and those that our route hands on to nobody (routed
+# experts, masks).
+_KNOWN_OUTPUT_FIELDS = frozenset(
+    {
+        "request_id", "new_token_ids", "new_logprobs", "new_prompt_logprobs_tensors", "pooling_output", "finish_reason",
+        "stop_reason", "events", "kv_transfer_params", "ec_transfer_params", "trace_headers", "prefill_stats",
+        "routed_experts", "num_nans_in_logits", "mm_cache_miss_hashes", "new_sampling_mask", "spec_decode_metrics",
+        "prompt_token_id_logprobs", "error",
+    }
+)  # fmt: skip
 
 # What `--max-lora-rank` takes (read in 0.26 and 0.32).
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -94,14 +109,15 @@ class Piece:
 Pieces: TypeAlias = AsyncIterator[Piece]
 
 
-def sampling_params(sampling: Mapping[str, Any], *, seed: int, flush_tokens: int) -> Any:
+def sampling_params(sampling: Mapping[str, Any], *, seed: int, flush_tokens: int, is_held: bool = False) -> Any:
     """Return vLLM's sampling parameters for one completion of which nothing but ids and logprobs is wanted.
 
     Args:
         sampling: By vLLM's names.
         seed: Of this completion.
         flush_tokens: Tokens to be handed over together; 0 for all of them at the end, as it is in releases that have
-            no interval of a single request.
+            no interval of a single request unless the engine holds them.
+        is_held: Whether the engine's scheduler is ours and hands over many steps at once.
 
     Raises:
         Exception: vLLM does not take them, see `is_refusal`.
@@ -112,10 +128,13 @@ def sampling_params(sampling: Mapping[str, Any], *, seed: int, flush_tokens: int
     fields = SamplingParams.__struct_fields__
     # One list of floats instead of a dictionary with an object for each token.
     options: dict[str, Any] = {"flat_logprobs": True} if "flat_logprobs" in fields else {}
+    if is_held:
+        options["extra_args"] = {_MAY_HOLD: True}
+    options["output_kind"] = RequestOutputKind.FINAL_ONLY
     if flush_tokens and "stream_interval" in fields:
         options |= {"stream_interval": flush_tokens, "output_kind": RequestOutputKind.DELTA}
-    else:
-        options |= {"output_kind": RequestOutputKind.FINAL_ONLY}
+    elif flush_tokens and is_held:
+        options["output_kind"] = RequestOutputKind.DELTA
     return SamplingParams(n=1, seed=seed, logprobs=0, detokenize=False, **options, **sampling)
 
 
@@ -191,6 +210,108 @@ def describe(engine: Any) -> dict[str, Any]:
         "weight_transfer": getattr(config.weight_transfer_config, "backend", None),
         "model": config.model_config.hf_config.to_dict(),
     }
+
+
+def scheduler_name(engine: Any) -> object:
+    """Return what `--scheduler-cls` named for an engine, given as the server's client of it."""
+    return engine.vllm_config.scheduler_config.scheduler_cls
+
+
+def scheduler_class(config: Any) -> type[Any]:
+    """Return the class of scheduler that vLLM would take for this configuration."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    kind: type[Any] = AsyncScheduler if config.scheduler_config.async_scheduling else Scheduler
+    return kind
+
+
+def why_not_hold() -> str | None:
+    """Say what is unknown in how this vLLM hands over what a step has written; None if nothing is."""
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.outputs import LogprobsLists
+
+    if unknown := set(EngineCoreOutput.__struct_fields__) - _KNOWN_OUTPUT_FIELDS:
+        return f"vLLM's EngineCoreOutput has {', '.join(sorted(unknown))}, which Shoal does not know"
+    expected = ("logprob_token_ids", "logprobs", "sampled_token_ranks", "cu_num_generated_tokens")
+    if LogprobsLists._fields != expected:
+        return f"vLLM's LogprobsLists has the fields {LogprobsLists._fields}, not {expected}"
+    return None
+
+
+def may_hold(request: Any) -> bool:
+    """Whether the outputs of a request, given as the scheduler has it, may reach the front end several at once."""
+    extra = getattr(request.sampling_params, "extra_args", None)
+    return bool(extra and extra.get(_MAY_HOLD))
+
+
+def join_logprobs(token_ids: list[int], logprobs: list[float], ranks: list[int]) -> Any:
+    """Return the logprobs of sampled tokens as the front end expects them of a core."""
+    import numpy as np
+    from vllm.v1.outputs import LogprobsLists
+
+    return LogprobsLists(
+        np.array(token_ids, dtype=np.int32)[:, None],
+        np.array(logprobs, dtype=np.float32)[:, None],
+        np.array(ranks, dtype=np.int32),
+    )
+
+
+def empty_message() -> Any:
+    """Return a message of an engine's core to its front end."""
+    from vllm.v1.engine import EngineCoreOutputs
+
+    return EngineCoreOutputs(outputs=[])
+
+
+def says_something(message: Any) -> bool:
+    """Whether there is anything in such a message of a scheduler."""
+    return bool(message.outputs or message.scheduler_stats is not None or message.finished_requests)
+
+
+def skip_idle_block_work(scheduler: Any) -> str | None:
+    """Have a scheduler look after a request's cache blocks when it fills one, rather than for each token.
+
+    vLLM (0.26 to 0.33) asks four objects for each request of each step whether it needs a block, and tries to enter
+    its full blocks in the prefix cache. Most of the time nothing of it can be due, which two numbers tell. Only for
+    models with full attention alone, no speculation and no connector; elsewhere this does nothing.
+
+    Returns:
+        What is not as expected in this vLLM, which then goes on as it did; None if nothing is.
+    """
+    try:
+        manager = scheduler.kv_cache_manager
+        groups = manager.coordinator.single_type_managers
+        if scheduler.connector is not None or scheduler.num_lookahead_tokens or len(groups) != 1:
+            return None
+        (group,) = groups
+        size = group.block_size
+        if type(group).__name__ != "FullAttentionManager" or manager.block_pool.hash_block_size != size:
+            return None
+        allocate, cache = manager.allocate_slots, manager.cache_blocks
+        blocks_of, nothing = group.req_to_blocks, manager.empty_kv_cache_blocks
+    except AttributeError as error:
+        return str(error)
+    expected = {allocate: ("request", "num_new_tokens"), cache: ("request", "num_computed_tokens")}
+    for method, names in expected.items():
+        if (given := tuple(inspect.signature(method).parameters)[:2]) != names:
+            return f"{method.__name__} takes {given}, not {names}"
+
+    def allocate_slots(request: Any, num_new_tokens: int, **options: Any) -> Any:
+        # Running requests are asked for with this option alone, others with more.
+        if num_new_tokens == 1 and options.keys() == {"num_lookahead_tokens"}:
+            blocks = blocks_of.get(request.request_id)
+            if blocks is not None and request.num_computed_tokens < size * len(blocks):
+                return nothing
+        return allocate(request, num_new_tokens, **options)
+
+    def cache_blocks(request: Any, num_computed_tokens: int) -> None:
+        if num_computed_tokens % size == 0:
+            cache(request, num_computed_tokens)
+
+    manager.allocate_slots = allocate_slots
+    manager.cache_blocks = cache_blocks
+    return None
 
 
 def check_nothing_derived(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from shoal.engines.command import EngineSpec, serve_command, serve_environment
 from shoal.vllm_plugin.gate import KEY_VARIABLE
+from shoal.vllm_plugin.scheduler import make_scheduler
 from shoal.vllm_plugin.worker import ShoalWorker
 
 KEY = "a-secret-of-this-run"
@@ -90,6 +91,10 @@ def test_no_weights_are_read_and_shoals_own_transfer_brings_them() -> None:
     given = flags(SPEC)
     assert given["--load-format"] == "dummy"
     assert given["--worker-extension-cls"] == f"{ShoalWorker.__module__}.{ShoalWorker.__qualname__}"
+
+
+def test_every_engine_has_shoals_scheduler() -> None:
+    assert flags(SPEC)["--scheduler-cls"] == f"{make_scheduler.__module__}.{make_scheduler.__qualname__}"
 
 
 def test_an_engine_with_an_adapter_reads_its_base_and_is_asked_for_the_adapter() -> None:

@@ -43,6 +43,7 @@ class Engine:
     """What the route needs of vLLM's engine client. Writes a token a turn, and `held` seeds stop half-way for good."""
 
     def __init__(self) -> None:
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(scheduler_cls=None))
         self.held: set[int] = set()
         self.breaks_at: dict[int, Exception] = {}
         self.running: dict[str, asyncio.Event] = {}

@@ -267,12 +267,15 @@ def _one_is_killed_restarted_and_refilled(fleet: Fleet, policy: Any, chance: ran
             and (fleet.engines[victim].client is client or step.state(victim) is not State.READY)
         )
 
-        def kill_when_it_writes() -> None:
-            while client.num_running(10.0) == 0:
+        def kill_once_asked() -> None:
+            assert client._lean is not None
+            while not client._lean._samples:
                 time.sleep(0.01)
             _signal(fleet, victim, signal.SIGKILL)
 
-        killer = threading.Thread(target=kill_when_it_writes, daemon=True)
+        # It must not hand over tokens before: what is written on from those by others is another text.
+        client._sync.post("/pause?mode=keep").raise_for_status()
+        killer = threading.Thread(target=kill_once_asked, daemon=True)
         killer.start()
         began = time.monotonic()
         disturbed = step.collect()

@@ -11,6 +11,7 @@ from typing import Literal
 
 from shoal import vllm_compat
 from shoal.vllm_plugin.gate import KEY_VARIABLE
+from shoal.vllm_plugin.scheduler import PATH as SCHEDULER
 
 SERVED_MODEL_NAME = "policy"
 SERVED_ADAPTER_NAME = "policy-adapter"
@@ -99,6 +100,7 @@ def serve_command(spec: EngineSpec) -> list[str]:
         # The first publish fills the engine, and nothing is served before it is proven.
         "load-format": "dummy",
         "worker-extension-cls": "shoal.vllm_plugin.worker.ShoalWorker",
+        "scheduler-cls": SCHEDULER,
         # The last one comes first in the way of a request.
         "middleware": [
             "shoal.vllm_plugin.publish_route.PublishRoute",

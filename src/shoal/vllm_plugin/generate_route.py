@@ -16,6 +16,7 @@ from shoal import vllm_compat
 from shoal.vllm_plugin.frames import Kind, message_frame, tokens_frame
 from shoal.vllm_plugin.gate import App, Receive, Scope, Send
 from shoal.vllm_plugin.orders import PATH, Order, OrderError, parse_order
+from shoal.vllm_plugin.scheduler import PATH as SCHEDULER
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +79,13 @@ class _Answer:
     def __init__(self, state: Any, order: Order) -> None:
         self._engine = state.engine_client
         self._order = order
+        is_held = vllm_compat.scheduler_name(self._engine) == SCHEDULER
         try:
             self._adapter = vllm_compat.adapter_request(state, order.model)
             self._params = [
-                vllm_compat.sampling_params(sample.sampling, seed=sample.seed, flush_tokens=order.flush_tokens)
+                vllm_compat.sampling_params(
+                    sample.sampling, seed=sample.seed, flush_tokens=order.flush_tokens, is_held=is_held
+                )
                 for sample in order.samples
             ]
         except Exception as error:

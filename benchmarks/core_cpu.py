@@ -1,0 +1,183 @@
+"""Processor time of an engine's core and front end without any model: vLLM's scheduler against ours.
+
+    python benchmarks/core_cpu.py [--samples 256] [--tokens 200] [--goes 3] [--kinds vllm,ours] [--options JSON]
+
+The core runs in its own process as always, and schedules asynchronously as on GPUs, but an executor
+without workers answers each step with random tokens at once. The last line is one JSON object: seconds for a million
+tokens, a list of goes for each kind and process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from vllm import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+
+from shoal import vllm_compat
+from shoal.bench.shapes import SHAPES, qwen3_config
+from shoal.testing import tiny_tokenizer
+from shoal.vllm_plugin.scheduler import PATH, HoldingScheduler
+
+VOCABULARY = SHAPES["tiny"].vocabulary
+KINDS = {"vllm": None, "holds": "core_cpu.holding", "blocks": "core_cpu.sparing", "ours": PATH}
+
+
+class NullExecutor(Executor):
+    """Has no worker."""
+
+    supports_pp = True
+
+    def _init_executor(self) -> None:
+        self.vllm_config.scheduler_config.async_scheduling = True  # which vLLM refuses on CPUs
+
+    def collective_rpc(self, method: Any, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Answer as one worker with one layer and 1 GiB would."""
+        spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+        answers = {
+            "get_kv_cache_spec": {"layer": spec},
+            "determine_available_memory": 1 << 30,
+            "get_supported_tasks": ("generate",),
+            "get_supported_kv_cache_layouts": ["LBNHC"],
+        }
+        return [answers.get(method)]
+
+    def initialize_from_config(self, kv_cache_configs: Any) -> None:
+        """Allocate nothing."""
+
+    def compile_or_warm_up_model(self) -> None:
+        """Compile nothing."""
+
+    @classmethod
+    def supports_async_scheduling(cls) -> bool:
+        """Say that a step may be asked for before the one before it is fetched."""
+        return True
+
+    def check_health(self) -> None:
+        """Be healthy."""
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """Take a step in."""
+        self._step = scheduler_output
+        is_empty = scheduler_output.total_num_scheduled_tokens == 0
+        return _done(ModelRunnerOutput(req_ids=[], req_id_to_index={}) if is_empty else None)
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+        """Return a token for each request of the step."""
+        names = list(self._step.num_scheduled_tokens)
+        tokens = np.random.randint(3, VOCABULARY, (len(names), 1), dtype=np.int32)
+        return _done(
+            ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: index for index, name in enumerate(names)},
+                sampled_token_ids=tokens.tolist(),
+                logprobs=LogprobsLists(
+                    tokens, np.random.rand(len(names), 1).astype(np.float32), np.zeros(len(names), dtype=np.int32)
+                ),
+                prompt_logprobs_dict={},
+            )
+        )
+
+
+def holding(**arguments: Any) -> Any:
+    """Return a scheduler that holds outputs, and looks after blocks as vLLM does."""
+    base = vllm_compat.scheduler_class(arguments["vllm_config"])
+    return type("Holding", (HoldingScheduler, base), {})(**arguments)
+
+
+def sparing(**arguments: Any) -> Any:
+    """Return vLLM's scheduler, which looks after blocks when they are full."""
+    scheduler = vllm_compat.scheduler_class(arguments["vllm_config"])(**arguments)
+    vllm_compat.skip_idle_block_work(scheduler)
+    return scheduler
+
+
+def main() -> None:
+    """Measure one kind after the other."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--goes", type=int, default=3)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--options", type=json.loads, default={}, help="further engine arguments, as JSON")
+    settings = parser.parse_args()
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+        "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        qwen3_config(SHAPES["tiny"]).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        print(json.dumps({kind: asyncio.run(_measure(kind, folder, settings)) for kind in settings.kinds.split(",")}))
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's core is a child that must not be waited for
+
+
+async def _measure(kind: str, folder: str, settings: argparse.Namespace) -> dict[str, list[float]]:
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=folder, load_format="dummy", dtype="float32", max_model_len=512, max_num_seqs=settings.samples,
+            block_size=16, logprobs_mode="processed_logprobs", generation_config="vllm", enforce_eager=True,
+            enable_chunked_prefill=False, scheduler_cls=KINDS[kind],
+            distributed_executor_backend="core_cpu.NullExecutor", **settings.options,
+        )
+    )  # fmt: skip
+    front_end = psutil.Process()
+    (core,) = (child for child in front_end.children(recursive=True) if vllm_compat.computes(" ".join(child.cmdline())))
+    result: dict[str, list[float]] = {"core": [], "front_end": [], "wall": []}
+    for go in range(-1, settings.goes):
+        before = _cpu(core), _cpu(front_end), time.perf_counter()
+        await asyncio.gather(*(_write(engine, go, i, settings.tokens, kind) for i in range(settings.samples)))
+        after = _cpu(core), _cpu(front_end), time.perf_counter()
+        if go >= 0:  # the first one warms up
+            for values, start, end in zip(result.values(), before, after, strict=True):
+                values.append(round((end - start) / (settings.samples * settings.tokens) * 1e6, 2))
+    print(kind, result, file=sys.stderr, flush=True)
+    engine.shutdown()
+    return result
+
+
+async def _write(engine: Any, go: int, index: int, num_tokens: int, kind: str) -> None:
+    prompt = random.Random(go * 1000 + index).choices(range(3, VOCABULARY), k=64)
+    params = vllm_compat.sampling_params(
+        {"temperature": 1.0, "max_tokens": num_tokens, "ignore_eos": True},
+        seed=index,
+        flush_tokens=64,
+        is_held=kind in ("holds", "ours"),
+    )
+    pieces = vllm_compat.write(engine, prompt, params, name=f"{go}-{index}", adapter=None, cache_salt="")
+    written = [len(piece.token_ids) async for piece in pieces]
+    assert sum(written) == num_tokens, written
+
+
+def _cpu(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+if __name__ == "__main__":
+    main()
