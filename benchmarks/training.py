@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from shoal import GRPOConfig
 from shoal.bench.shapes import SHAPES, qwen3_config, shape_name
 from shoal.bench.step import FSDP2_ENVIRONMENT
-from shoal.bench.step_report import architecture_of, step_flops
+from shoal.bench.step_report import step_flops
 from shoal.bench.step_settings import StepSettings, make_dataset, reward, trainer_arguments
 from shoal.observe.summary import versions
 from shoal.placement.gpu_kinds import find_gpu_kind
@@ -172,12 +172,7 @@ def _random_model(settings: StepSettings, dtype: str, attention: str | None) -> 
 def _report(settings: StepSettings, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     device = torch.cuda.get_device_name() if settings.device == "cuda" else "CPU"
     kind = find_gpu_kind(device)
-    flops = step_flops(settings)
-    if arguments.lora_rank:
-        # Of 6 operations for a parameter and token, the gradient of the weights is 2.
-        model = architecture_of(SHAPES[settings.model_shape])
-        lengths = [settings.prompt_tokens + length for length in settings.lengths(0)]
-        flops -= 2.0 * model.matmul_parameters * sum(lengths)
+    flops = step_flops(settings, trains_matrices=not arguments.lora_rank)
     seconds = statistics.median(found["train_s"])
     mfu = None if kind is None else flops / (seconds * settings.num_ranks * kind.flops)
     print(

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -34,39 +35,6 @@ On GPUs with Triton one kernel does what is between two matrix products, in plac
 large as the four were.
 """
 _TILES_IN_ONE = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TileForm:
-    """What makes a logit of the head's output, in the kernels' form.
-
-    Attributes:
-        scale: A factor.
-        softcap: A bound, 0 for none.
-        temperature: Above 0.
-    """
-
-    scale: float
-    softcap: float
-    temperature: float
-
-
-class Kernels(Protocol):
-    """What `lm_head_cuda` does in one pass over a tile."""
-
-    def tile_statistics(
-        self, raw: torch.Tensor, columns: torch.Tensor, form: TileForm, support: Support | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-    def tile_gradient_(
-        self,
-        raw: torch.Tensor,
-        columns: torch.Tensor,
-        normalizer: torch.Tensor,
-        scale: torch.Tensor,
-        form: TileForm,
-        support: Support | None,
-    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,8 +182,8 @@ class _HeadLogprobs(torch.autograd.Function):
             )
 
 
-def find_kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
-    """Return the kernels for tiles of logits of a type, where there are any; the torch operations give the same."""
+def find_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """Return `lm_head_cuda`, where its kernels take tiles of this type; the torch operations give the same."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     from shoal.algorithm import lm_head_cuda
@@ -233,6 +201,7 @@ def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) 
 
 
 _Block = tuple[torch.Tensor, torch.Tensor | None]
+_Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _Tiles:
@@ -263,10 +232,13 @@ class _Tiles:
         bias = None if self._bias is None else self._bias[columns].to(self._settings.dtype)
         return self._weight[columns].to(self._settings.dtype), bias
 
-    def statistics(self, rows: slice, block: _Block, columns: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def statistics(self, rows: slice, block: _Block, columns: slice) -> _Statistics:
         """Return each row's sampled logit (0 if it is in another tile), logsumexp and entropy within a tile, `[R]`."""
         if self._kernels is not None:
-            return self._kernels.tile_statistics(self._raw(rows, block), **self._for_kernels(rows, columns))
+            found: _Statistics = self._kernels.tile_statistics(
+                self._raw(rows, block), **self._for_kernels(rows, columns)
+            )
+            return found
         logits = self._whole(rows, block)
         target, is_here = self._cut(logits, rows, columns)
         sampled = torch.where(is_here, logits.gather(1, target[:, None]).squeeze(1), 0.0)
@@ -319,12 +291,10 @@ class _Tiles:
 
     def _for_kernels(self, rows: slice, columns: slice) -> dict[str, Any]:
         """Return what the kernels need to know about a tile."""
-        settings = self._settings
         return {
             "columns": self._target_ids[rows] - columns.start,
-            "form": TileForm(
-                scale=settings.form.scale, softcap=settings.form.softcap or 0.0, temperature=settings.temperature
-            ),
+            "form": self._settings.form,
+            "temperature": self._settings.temperature,
             "support": None if self.support is None else self.support.rows(rows),
         }
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from shoal.algorithm.lm_head import TileForm
+from shoal.algorithm.lm_head import HeadForm
 from shoal.algorithm.truncation import Support
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -19,7 +19,7 @@ _NUM_WARPS = 8
 
 
 def tile_statistics(
-    raw: torch.Tensor, columns: torch.Tensor, form: TileForm, support: Support | None
+    raw: torch.Tensor, columns: torch.Tensor, form: HeadForm, temperature: float, support: Support | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return each row's sampled logit, logsumexp and entropy within the tile, all `[R]` float32.
 
@@ -27,7 +27,8 @@ def tile_statistics(
         raw: `[R, C]`, the head's output, of one of `TYPES`.
         columns: `[R]` int64, the sampled token's column; outside of `[0, C)` where it is not in this tile, which gives
             a sampled logit of 0.
-        form: What makes a logit of it.
+        form: What the model does to it.
+        temperature: By which that is divided then.
         support: What truncated sampling leaves of these rows.
     """
     found = torch.empty(3, len(raw), dtype=torch.float32, device=raw.device)
@@ -39,7 +40,7 @@ def tile_statistics(
         raw.shape[0],
         raw.shape[1],
         raw.stride(0),
-        **_form(form),
+        **_constants(form, temperature),
         HAS_SUPPORT=support is not None,
         BLOCK=_BLOCK,
         num_warps=_NUM_WARPS,
@@ -52,7 +53,8 @@ def tile_gradient_(
     columns: torch.Tensor,
     normalizer: torch.Tensor,
     scale: torch.Tensor,
-    form: TileForm,
+    form: HeadForm,
+    temperature: float,
     support: Support | None,
 ) -> None:
     """Replace the head's output by the gradient with respect to it.
@@ -62,7 +64,8 @@ def tile_gradient_(
         columns: As in `tile_statistics`.
         normalizer: `[R]` float32, logsumexp of the whole rows.
         scale: `[R]` float32, the gradient of each row's logprob, over the temperature.
-        form: What makes a logit of it.
+        form: What the model does to it.
+        temperature: By which that is divided then.
         support: What truncated sampling leaves of these rows.
     """
     _gradient[(len(raw), triton.cdiv(raw.shape[1], _BLOCK))](
@@ -73,7 +76,7 @@ def tile_gradient_(
         scale,
         raw.shape[1],
         raw.stride(0),
-        **_form(form),
+        **_constants(form, temperature),
         HAS_SUPPORT=support is not None,
         BLOCK=_BLOCK,
         num_warps=_NUM_WARPS,
@@ -85,9 +88,9 @@ def _bounds(raw: torch.Tensor, support: Support | None) -> tuple[torch.Tensor, t
     return (raw, raw, raw) if support is None else (support.low, support.high, support.log_share)
 
 
-def _form(form: TileForm) -> dict[str, float]:
-    # Constants of the kernel: they are the same for a whole run.
-    return {"SCALE": form.scale, "SOFTCAP": form.softcap, "TEMPERATURE": form.temperature}
+def _constants(form: HeadForm, temperature: float) -> dict[str, float]:
+    """Return what makes a logit of the head's output as constants of the kernels: it is the same for a whole run."""
+    return {"SCALE": form.scale, "SOFTCAP": form.softcap or 0.0, "TEMPERATURE": temperature}
 
 
 @triton.jit

@@ -80,15 +80,20 @@ def architecture_of(shape: ModelShape) -> Architecture:
     )
 
 
-def step_flops(settings: StepSettings) -> float:
-    """Return the operations of one step's training, recomputation not counted: the mean over the measured steps."""
+def step_flops(settings: StepSettings, *, trains_matrices: bool = True) -> float:
+    """Return the operations of one step's training, recomputation not counted: the mean over the measured steps.
+
+    Args:
+        settings: What is done.
+        trains_matrices: Not so beside an adapter.
+    """
     model = architecture_of(SHAPES[settings.model_shape])
     steps = range(settings.warmup_steps, settings.warmup_steps + settings.steps)
     total = 0.0
     for step in steps:
         lengths = [settings.prompt_tokens + length for length in settings.lengths(step)]
         mean_square = sum(length**2 for length in lengths) / sum(lengths)
-        total += model.training_flops(sum(lengths), mean_square)
+        total += model.training_flops(sum(lengths), mean_square, trains_matrices=trains_matrices)
     return total / len(steps)
 
 

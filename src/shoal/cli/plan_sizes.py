@@ -282,7 +282,7 @@ def _setup(args: argparse.Namespace) -> TrainerSetup:
         precision=args.precision,
         dtype=args.dtype,
         checkpoints=not args.no_gradient_checkpointing,
-        recomputed=args.recompute_num_layers,
+        recomputed=count,
         compiled=not args.no_regional_compilation,
         micro_batch_tokens=args.max_tokens_per_micro_batch or TrainerSetup().micro_batch_tokens,
     )

@@ -148,7 +148,7 @@ class Architecture:
         """Return what one token takes in the KV cache of a whole engine. Sliding windows are not taken into account."""
         return 2 * self.num_layers * self.kv_width * element_bytes
 
-    def training_flops(self, num_tokens: float, mean_square_length: float) -> float:
+    def training_flops(self, num_tokens: float, mean_square_length: float, *, trains_matrices: bool = True) -> float:
         """Return the operations of forward and backward, recomputation not counted.
 
         6 for each parameter and token, and for causal attention 6 x width of the queries x length of the sequence for
@@ -157,8 +157,17 @@ class Architecture:
         Args:
             num_tokens: Of all sequences.
             mean_square_length: Sum of the squared lengths, divided by the sum of the lengths.
+            trains_matrices: Not so beside an adapter, see `product_flops`.
         """
-        return num_tokens * 6 * self.matmul_parameters + self.attention_flops(num_tokens, mean_square_length)
+        products = self.product_flops(num_tokens, trains_matrices=trains_matrices)
+        return products + self.attention_flops(num_tokens, mean_square_length)
+
+    def product_flops(self, num_tokens: float, *, trains_matrices: bool) -> float:
+        """Return the part of `training_flops` that is products with matrices.
+
+        A frozen matrix needs no gradient of its own: of 6 operations for a parameter and token, 4 are left.
+        """
+        return num_tokens * (6 if trains_matrices else 4) * self.matmul_parameters
 
     def attention_flops(self, num_tokens: float, mean_square_length: float) -> float:
         """Return the part of `training_flops` that is attention's own: scores, and what they weigh."""

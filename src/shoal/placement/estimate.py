@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 from shoal.placement.architecture import Architecture
 from shoal.placement.gpu_kinds import GpuKind
-from shoal.placement.step_time import StepTime, Workload, generation_seconds, publish_seconds, training_seconds
+from shoal.placement.step_time import (
+    ENOUGH_TOKENS,
+    StepTime,
+    Workload,
+    generation_seconds,
+    publish_seconds,
+    training_seconds,
+)
 from shoal.placement.trainer_memory import TrainerSetup, estimate_trainer_memory
 
 _GIB = 1 << 30
@@ -24,7 +31,6 @@ DEDICATED_SHARE = 0.9  # the default of vllm_gpu_memory_utilization
 ENGINE_PUBLISH_BYTES = 362 << 20
 _TRAINER_PUBLISH_BYTES = 12 << 20
 _AS_FAST = 1.01
-_ENOUGH_TOKENS = 16_384  # of a pass at full speed: the trainer's own rule (trainer/token_budget.py)
 _BUDGETS = tuple(1024 * size for size in (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1))
 
 
@@ -158,7 +164,7 @@ def with_best_budget(
         budget: The only one to try; None for all.
     """
     share = max(work.longest, -(-int(work.num_tokens) // layout.num_trainers))
-    enough = max(work.longest, min(share, _ENOUGH_TOKENS))
+    enough = max(work.longest, min(share, ENOUGH_TOKENS))
     budgets = [other for other in _BUDGETS if work.longest < other < share]
     candidates = [*([share] if share <= _BUDGETS[0] else []), *budgets, work.longest]
     found = [

@@ -34,6 +34,7 @@ _PUBLISH_S = 16.5e-3
 _IPC_BYTES_PER_S = 243e9
 # Grouped NCCL send/recv between two H100s moved 364 GB/s of 450.
 _LINK_EFFICIENCY = 0.80
+ENOUGH_TOKENS = 16_384  # a pass of so many runs at full speed; memory beyond is better spent on keeping activations
 MAX_NUM_SEQS = 256  # vLLM's default, and Shoal's bound on what one engine is asked for at once
 
 
@@ -96,8 +97,7 @@ class StepTime:
 def training_seconds(model: Architecture, gpu: GpuKind, setup: TrainerSetup, work: Workload) -> tuple[float, float]:
     """Return the seconds of the training part on all ranks, and the operations that count in MFU."""
     length = work.prompt_tokens + work.mean_completion_tokens
-    # A frozen matrix needs no gradient of its own: of 6 operations for a parameter and token, 4 are left.
-    products = (4 if setup.method == "lora" else 6) * model.matmul_parameters * work.num_tokens
+    products = model.product_flops(work.num_tokens, trains_matrices=setup.method == "full")
     attention = model.attention_flops(work.num_tokens, length)
     compute = _compute_seconds(model, gpu, setup, work.num_tokens, products, attention) / setup.num_ranks
     num_micro_batches = max(1, math.ceil(work.num_tokens / setup.num_ranks / setup.micro_batch_tokens))

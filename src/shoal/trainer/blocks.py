@@ -60,21 +60,18 @@ def compiles_blocks(model: nn.Module, args: GRPOConfig, *, is_deepspeed: bool) -
         ConfigError: It is asked for and cannot work.
     """
     blocks = find_blocks(model)
-    if args.regional_compilation:
-        obstacles = {
-            "DeepSpeed gathers parameters within the blocks": is_deepspeed,
-            "transformers knows no blocks of this model": not blocks,
-        }
-        for obstacle, is_there in obstacles.items():
-            if is_there:
-                raise ConfigError(f"regional_compilation=True cannot work: {obstacle}. Unset it.")
-        return True
+    if args.regional_compilation and (is_deepspeed or not blocks):
+        obstacle = "DeepSpeed gathers parameters within the blocks"
+        if not is_deepspeed:
+            obstacle = "transformers knows no blocks of this model"
+        raise ConfigError(f"regional_compilation=True cannot work: {obstacle}. Unset it.")
+    if args.regional_compilation is not None:
+        return args.regional_compilation
     config: Any = getattr(model, "config", None)
     is_dense = not any(getattr(config, name, None) for name in _NUM_EXPERTS)
     is_quantized = getattr(model, "hf_quantizer", None) is not None
     return (
-        args.regional_compilation is None
-        and bool(blocks)
+        bool(blocks)
         and args.device.type == "cuda"
         and is_dense
         and not (is_deepspeed or is_quantized or args.torch_compile)

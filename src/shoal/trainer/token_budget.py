@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from shoal.algorithm.lm_head import MAX_TILE_ELEMENTS
+from shoal.placement.step_time import ENOUGH_TOKENS
 
 _USED_SHARE = 0.7
 _ADAM_MOMENTS = 2
 # A block's tensors that are saved for its backward pass, times this for the gradients that live beside them.
 _WITH_GRADIENTS = 1.5
-# A pass of this many tokens runs at full speed; memory beyond is better spent on not computing blocks again.
-_ENOUGH_TOKENS = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +118,7 @@ def plan_pass(shape: PassShape, free_bytes: int, *, longest: int, recomputed: in
         recomputed: Blocks that are to be computed again; None to choose.
     """
     if recomputed is None:
-        enough = max(longest, min(tokens_that_fit(shape, free_bytes), _ENOUGH_TOKENS))
+        enough = max(longest, min(tokens_that_fit(shape, free_bytes), ENOUGH_TOKENS))
         used = shape.fixed_bytes + shape.per_token_bytes * enough + shape.per_pair_bytes * enough**2
         room = max(0.0, _USED_SHARE * free_bytes - used)
         recomputed = max(0, shape.num_blocks - int(room // max(1, shape.kept_bytes * enough)))
