@@ -101,8 +101,9 @@ def _member(arguments: argparse.Namespace, store: Store, rank: int) -> dict[str,
 
     def through_transport() -> None:
         operation = transport.send if rank == 0 else transport.receive
-        for batch in batches:
-            operation([Parcel(tensor, 1 - rank) for tensor in batch]).wait()
+        under_way = [operation([Parcel(tensor, 1 - rank) for tensor in batch]) for batch in batches]
+        for pending in under_way:
+            pending.wait()
         transport.finish(TIMEOUT_S)
 
     def meet(name: str) -> None:

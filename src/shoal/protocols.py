@@ -118,6 +118,10 @@ class WeightSource(Protocol):
         """Return which elements of each parameter this rank has; a parameter that it has nothing of is left out."""
         ...
 
+    def in_place(self) -> frozenset[str]:
+        """Name the parameters whose values `tensors` yields where they lie: they cost no memory, however many."""
+        ...
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the current values of what `held` names: flat, `[stop - start]`, contiguous, in the trainer's type.
 

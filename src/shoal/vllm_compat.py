@@ -135,7 +135,9 @@ def sampling_params(sampling: Mapping[str, Any], *, seed: int, flush_tokens: int
         options |= {"stream_interval": flush_tokens, "output_kind": RequestOutputKind.DELTA}
     elif flush_tokens and is_held:
         options["output_kind"] = RequestOutputKind.DELTA
-    return SamplingParams(n=1, seed=seed, logprobs=0, detokenize=False, **options, **sampling)
+    options |= sampling
+    options["stop_token_ids"] = list(sampling.get("stop_token_ids", ()))  # 0.26 refuses any other sequence
+    return SamplingParams(n=1, seed=seed, logprobs=0, detokenize=False, **options)
 
 
 async def write(engine: Any, token_ids: list[int], params: Any, *, name: str, adapter: Any, cache_salt: str) -> Pieces:

@@ -127,6 +127,7 @@ def test_the_tail_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
         (DEAD_CORE, "ValueError: No available memory for the cache blocks."),
         (DEAD_CORE[3:], "RuntimeError: Engine core initialization failed"),
         (["INFO all is well", "Killed", ""], "Killed"),
+        (["    assert whole", "AssertionError", "INFO bye"], "AssertionError"),
         (["OSError: [Errno 98] Address already in use", "INFO bye"], "Address already in use"),
         ([], "its log is empty"),
         (["", "  "], "its log is empty"),

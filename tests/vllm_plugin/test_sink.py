@@ -438,6 +438,9 @@ def test_a_publish_to_two_workers_is_proven_and_they_compute_the_same(monkeypatc
         def held(self) -> dict[str, Interval]:
             return {name: Interval(0, value.numel()) for name, value in self.now.items()}
 
+        def in_place(self) -> frozenset[str]:
+            return frozenset(self.now)
+
         def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((name, value.flatten()) for name, value in self.now.items())
 

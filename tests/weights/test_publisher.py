@@ -102,6 +102,9 @@ class Source:
                 runs[name] = Interval(start, stop)
         return runs
 
+    def in_place(self) -> frozenset[str]:
+        return frozenset(self.now)
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         held = self.held()
         for name, value in self.now.items():

@@ -78,6 +78,9 @@ class Rows:
             runs[name] = Interval(*cuts)
         return runs
 
+    def in_place(self) -> frozenset[str]:
+        return frozenset()
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, run in self.held().items():
             yield name, TENSORS[name].flatten()[run.start : run.stop]

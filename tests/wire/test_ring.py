@@ -8,16 +8,29 @@ import pytest
 import torch
 
 from shoal.wire.device_memory import Copy
-from shoal.wire.ring import ALIGNMENT, Batch, Piece, RingReader, RingWriter, Signals
+from shoal.wire.ring import ALIGNMENT, LENT_BYTES, Batch, Piece, RingReader, RingWriter, Signals
 
 RING = 1 << 40  # an address that nothing is read from
+LENT = 1 << 50  # where the reader finds what was lent
 
 
 class Memory:
     """Notes what is to be copied, and is done at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, exports: bool = False) -> None:
         self.copies: list[Copy] = []
+        self.exports = exports
+        self.opened: list[bytes] = []
+
+    def export(self, address: int) -> tuple[bytes, int] | None:
+        return (b"%064x" % address, address) if self.exports else None
+
+    def open_handle(self, handle: bytes) -> int:
+        self.opened.append(handle)
+        return LENT + int(handle, 16)
+
+    def shut(self, address: int) -> None:
+        self.opened.remove(b"%064x" % (address - LENT))
 
     def copy(self, copies: Sequence[Copy], after: Sequence[object]) -> Memory:
         self.copies += copies
@@ -93,3 +106,59 @@ def test_the_reader_copies_out_of_the_ring_what_the_writer_has_put_there(signals
         reader.step()
     assert memory.copies == [(RING, source.data_ptr(), source.nbytes), (target.data_ptr(), 2 * RING, source.nbytes)]
     assert batch.num_open == 0 and writer.is_idle() and reader.is_idle()
+
+
+def ends_of(writer: Memory, reader: Memory, signals: Signals, num_bytes: int) -> tuple[RingWriter, RingReader]:
+    read = RingReader(peer=0, memory=reader, address=2 * RING, num_bytes=num_bytes, signals=signals)  # type: ignore[arg-type]
+    return writer_of(writer, signals, num_bytes), read
+
+
+def test_a_large_parcel_is_read_where_it_lies_and_let_go_of_before_the_writer_hears_that_it_was_read(
+    signals: Signals,
+) -> None:
+    own, other = Memory(exports=True), Memory()
+    writer, reader = ends_of(own, other, signals, 64 * ALIGNMENT)
+    whole = torch.empty(LENT_BYTES + 8, dtype=torch.uint8)
+    source, target = whole[8:], torch.empty(LENT_BYTES, dtype=torch.uint8)
+    sent, received = add(writer, own, source), add(reader, other, target)
+    writer.step()
+    assert not reader.step()  # what comes before it on the device may not be done yet
+    writer.step()
+    reader.step()
+    assert own.copies == [] and other.copies == [(target.data_ptr(), LENT + source.data_ptr(), LENT_BYTES)]
+    assert len(other.opened) == 1 and sent.num_open == received.num_open == 1
+    reader.step()
+    assert not other.opened and received.num_open == 0
+    assert not writer.is_idle() and sent.num_open == 1  # a tensor that was lent may not change before this
+    writer.step()
+    assert writer.is_idle() and reader.is_idle() and sent.num_open == 0
+
+
+@pytest.mark.parametrize("exports", [True, False])
+def test_many_parcels_of_all_sizes_keep_their_order(signals: Signals, exports: bool) -> None:
+    """More lent ones than there is room for notes, small ones between them, and a ring that goes round."""
+    own, other = Memory(exports=exports), Memory()
+    writer, reader = ends_of(own, other, signals, 4 * ALIGNMENT)
+    large = torch.empty(LENT_BYTES + 5000, dtype=torch.uint8)
+    small = torch.empty(3000, dtype=torch.uint8)
+    sources = [
+        large[index : index + LENT_BYTES] if index % 3 else small[: 1 + index % 3000]
+        for index in range(5000 if exports else 60)
+    ]
+    sent = add(writer, own, *sources)
+    # What is copied where is only written down, so one tensor can be source and target.
+    received = [add(reader, other, *sources[start : start + 7]) for start in range(0, len(sources), 7)]
+    while writer.step() | reader.step():
+        pass
+    assert (
+        writer.is_idle() and reader.is_idle() and sent.num_open == 0 and not any(batch.num_open for batch in received)
+    )
+    assert not other.opened
+    assert sum(count for _, _, count in other.copies) == sum(value.nbytes for value in sources)
+    staged = iter(own.copies)
+    for target, source, _ in other.copies:
+        if source >= LENT:
+            assert target == source - LENT
+        else:
+            ring, origin, _ = next(staged)
+            assert (source - 2 * RING, target) == (ring - RING, origin)

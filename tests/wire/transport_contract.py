@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from shoal.protocols import Parcel, WeightTransport
-from shoal.wire.device_memory import Copy
+from shoal.wire.device_memory import HANDLE_BYTES, Copy
 from shoal.wire.ipc_transport import IpcTransport
 from shoal.wire.liveness import Peers
 from shoal.wire.rendezvous import Store, host_store, join_store
@@ -61,6 +61,11 @@ class Member:
     num_trainers: int
     num_workers: int
     device: torch.device
+    memory: HostMemory | None
+
+    def lendable(self, value: torch.Tensor) -> torch.Tensor:
+        """Return it in memory that others can reach, as all of a GPU's is."""
+        return value if self.memory is None else self.memory.place(value)
 
     @property
     def is_trainer(self) -> bool:
@@ -83,6 +88,28 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._maps: dict[int, mmap.mmap] = {}
+        self._places: dict[int, bytes] = {}
+
+    def place(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a copy that lies where another process can reach it."""
+        address, description = self.allocate(value.nbytes)
+        self._places[address] = description.encode()
+        memory = (ctypes.c_uint8 * value.nbytes).from_address(address)
+        placed = torch.frombuffer(memory, dtype=torch.uint8).view(value.dtype).reshape(value.shape)
+        return placed.copy_(value)
+
+    def displace(self) -> None:
+        """Remove the names of what was placed."""
+        for name in self._places.values():
+            Path(name.decode()).unlink()
+
+    def export(self, address: int) -> tuple[bytes, int] | None:
+        if address not in self._places:
+            return None
+        return self._places[address].ljust(HANDLE_BYTES, b"\0"), address
+
+    def open_handle(self, handle: bytes) -> int:
+        return self.open(handle.rstrip(b"\0").decode(), unlink=False)
 
     def allocate(self, num_bytes: int) -> tuple[int, str]:
         path = Path("/dev/shm") / f"shoal-test-{os.urandom(8).hex()}"
@@ -117,7 +144,7 @@ class HostMemory:
 
 
 def values(sender: int, receiver: int, device: torch.device) -> list[torch.Tensor]:
-    """Return what one member sends to another: every type, no elements and one, many tiny ones, a large one."""
+    """Return what one member sends to another: every type, no elements and one, many tiny ones, two large ones."""
     generator = torch.Generator().manual_seed(1000 * sender + receiver)
 
     def of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -128,7 +155,7 @@ def values(sender: int, receiver: int, device: torch.device) -> list[torch.Tenso
     sizes = ((), (0,), (1,), (3, 5), (257,))
     tensors = [of(dtype, *shape) for dtype in DTYPES for shape in sizes]
     tensors += [of(torch.bfloat16, 1 + index % 7) for index in range(1000)]
-    tensors.append(of(torch.bfloat16, 1 << 20, 5))
+    tensors += [of(torch.bfloat16, 1 << 20, 3), of(torch.bfloat16, 7), of(torch.bfloat16, 1 << 20, 5)]
     return tensors
 
 
@@ -137,7 +164,10 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _send_all(member: Member, num_batches: int) -> None:
-    per_peer = [[Parcel(value, peer) for value in values(member.rank, peer, member.device)] for peer in member.peers]
+    per_peer = []
+    for peer in member.peers:
+        *others, last = values(member.rank, peer, member.device)
+        per_peer.append([Parcel(value, peer) for value in (*others, member.lendable(last))])
     mixed = [parcel for parcels in zip(*per_peer, strict=True) for parcel in parcels]
     cut = -(-len(mixed) // num_batches)
     for start in range(0, len(mixed), cut):
@@ -370,14 +400,15 @@ def _main(
     if device != "cpu":
         torch.cuda.set_device(device)
     transport: WeightTransport
-    if backend == "ipc over host memory":
+    memory = HostMemory() if backend == "ipc over host memory" else None
+    if memory is not None:
         others = range(trainers, trainers + workers) if own < trainers else range(trainers)
         transport = IpcTransport(
             store,
             rank=own,
             peers=Peers(store, rank=own, others=others, timeout_s=timeout_s),
             peer_ranks=others,
-            memory=HostMemory(),
+            memory=memory,
             staging_bytes=STAGING_BYTES,
             timeout_s=timeout_s,
         )
@@ -401,6 +432,7 @@ def _main(
         num_trainers=trainers,
         num_workers=workers,
         device=torch.device(device),
+        memory=memory,
     )
     for name in names.split(","):
         print(name, flush=True)
@@ -408,6 +440,8 @@ def _main(
         if CASES[name] in TRANSFERS:
             member.meet(f"end of {name}")
     transport.close()
+    if memory is not None:
+        memory.displace()
     # A thread of Gloo that still waits for the one that was lost would abort the interpreter's own end.
     sys.stdout.flush()
     os._exit(0)

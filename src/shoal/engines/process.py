@@ -16,7 +16,7 @@ from shoal.engines.command import LOOPBACK, EngineSpec, serve_command, serve_env
 from shoal.engines.guard import GRACE_S
 from shoal.errors import ConfigError
 
-_REASON = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Interrupt)\b: .+")
+_REASON = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Interrupt)(?:: .+|$)")
 _REASON_LENGTH = 400
 
 # What vLLM logs on its way up, latest first, and what to call it.

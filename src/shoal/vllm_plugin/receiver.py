@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from shoal.vllm_plugin.sink import ParameterSink
 from shoal.wire.agreement import ADAPTER, Agreement, Cargo, Verify, device_identity, done_key, gave_up_key
 from shoal.wire.plan import SlicePlan, metadata_from_json
 from shoal.wire.rendezvous import join_store, local_address
-from shoal.wire.schedule import Message, assign, batches, messages
+from shoal.wire.schedule import Message, assign, batches, messages, num_ahead
 from shoal.wire.transport import Backend, make_transport
 
 
@@ -133,7 +134,7 @@ class WeightReceiver:
         self._synchronize()  # a step that is still under way reads the former weights
         intake.sink.begin(with_digests=info.verify != "off")
         try:
-            self._take_all(transport, intake, sends_back=info.verify == "full")
+            self._take_all(transport, intake, info.verify)
             transport.finish(self._info.timeout_s)
             digests = intake.sink.finish()
         except Exception:
@@ -168,17 +169,17 @@ class WeightReceiver:
             torch.accelerator.synchronize(self._device)
 
     @staticmethod
-    def _take_all(transport: WeightTransport, intake: _Intake, *, sends_back: bool) -> None:
-        """Receive batch n+1 while batch n is put in its place."""
+    def _take_all(transport: WeightTransport, intake: _Intake, verify: Verify) -> None:
+        """Receive what comes next while former batches are put in their places."""
         sink = intake.sink
-        before: tuple[int, tuple[Message, ...], list[torch.Tensor], Pending] | None = None
+        under_way: deque[tuple[int, tuple[Message, ...], list[torch.Tensor], Pending]] = deque()
 
         def settle(number: int, batch: tuple[Message, ...], rooms: list[torch.Tensor], pending: Pending) -> None:
             pending.wait()
             if rooms is not intake.rooms.get(number):
                 for message, room in zip(batch, rooms, strict=True):
                     sink.place(message, room)
-            if sends_back:
+            if verify == "full":
                 transport.send([Parcel(sink.held(message), message.rank) for message in batch]).wait()
             for message in batch:
                 sink.settle(message)
@@ -191,11 +192,11 @@ class WeightReceiver:
                     intake.rooms[number] = rooms
             parcels = [Parcel(room, message.rank) for message, room in zip(batch, rooms, strict=True)]
             pending = transport.receive(parcels)
-            if before is not None:
-                settle(*before)
-            before = (number, batch, rooms, pending)
-        if before is not None:
-            settle(*before)
+            under_way.append((number, batch, rooms, pending))
+            while len(under_way) > num_ahead(in_place=number in intake.rooms, goes_back=verify == "full"):
+                settle(*under_way.popleft())
+        for received in under_way:
+            settle(*received)
 
 
 def _schedule(intake: _Intake, agreement: Agreement, worker: int) -> list[tuple[Message, ...]]:

@@ -16,7 +16,7 @@ from shoal.wire.plan import SlicePlan
 from shoal.wire.transport import Backend
 
 BATCH_BYTES = 128 << 20
-"""Default bound on one batch. Two are under way at once, on each side, where scratch is needed at all."""
+"""Default bound on one batch. Two are under way at once where a side needs scratch for them, else more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

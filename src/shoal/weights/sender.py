@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,7 +16,7 @@ from shoal.wire.agreement import Verify
 from shoal.wire.digest import RepeatedDigests, Run
 from shoal.wire.liveness import GoneError, LateError, patience_left
 from shoal.wire.plan import Region, Slice, SlicePlan, dtype_from_name
-from shoal.wire.schedule import Holdings, Ownership, Part, assign, batches, messages, run_within
+from shoal.wire.schedule import Holdings, Ownership, Part, assign, batches, messages, num_ahead, run_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,7 @@ class _Batch:
 
     Attributes:
         names: Parameters of the batch.
+        is_in_place: Whether its tensors are views of the parameters, as far as was seen.
         loads: Tensors to be made: a region of a parameter in a type.
         parcels: For each line, which of them go to which member of its group.
         runs: Which of them are digested: beginning with which element of what.
@@ -104,6 +105,7 @@ class _Batch:
     """
 
     names: tuple[str, ...]
+    is_in_place: bool = False
     loads: list[Piece] = field(default_factory=list)
     parcels: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     runs: list[tuple[int, int, int]] = field(default_factory=list)
@@ -114,7 +116,7 @@ class WeightSender:
     """Sends one source to all lines, one batch ahead of the wire.
 
     The tensors under way are views of the parameters wherever the engine keeps them in the trainer's type and the
-    piece is contiguous; else they are scratch, of at most two batches.
+    piece is contiguous; else they are scratch, of at most two batches. Of the former many batches go at once.
 
     Args:
         source: This rank's part of the weights.
@@ -145,6 +147,7 @@ class WeightSender:
         self._device = device
         self._batch_bytes = batch_bytes
         self._held = holdings[rank]
+        self._in_place = source.in_place()
         self.pieces, self._batches = _schedule(source, rank, holdings, lines, plans, batch_bytes)
         numbers = {piece: number for number, piece in enumerate(self.pieces)}
         self.slots = {
@@ -190,10 +193,18 @@ class WeightSender:
             while wanted not in values:
                 name, value = next(stream)
                 values[name] = value
-            yield batch, [self._load(load, values[load.source]) for load in batch.loads]
+            tensors = [self._load(load, values[load.source]) for load in batch.loads]
+            batch.is_in_place = batch.is_in_place or self._lie_still(batch, tensors, values)
+            yield batch, tensors
         # To the end: what follows the last parameter that an engine wants may be a collective.
         for _ in stream:
             pass
+
+    def _lie_still(self, batch: _Batch, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor]) -> bool:
+        return self._in_place.issuperset(batch.names) and all(
+            tensor.numel() == 0 or _address(tensor) == _address(values[load.source])
+            for load, tensor in zip(batch.loads, tensors, strict=True)
+        )
 
     def _load(self, load: Piece, held: torch.Tensor) -> torch.Tensor:
         view = load.region.view(held, first=self._held[load.source].start)
@@ -215,18 +226,18 @@ class _Sending:
     def run(self) -> SendReport:
         sender = self._sender
         shares = torch.zeros(len(sender.pieces), dtype=torch.int64, device=sender._device)
-        before: tuple[_Batch, list[torch.Tensor], dict[int, Pending]] | None = None
+        under_way: deque[tuple[_Batch, list[torch.Tensor], dict[int, Pending]]] = deque()
         for batch, tensors in sender.loaded():
             pending = self._post(batch, tensors)
             if self._verify != "off":
                 if batch.digests is None:
                     batch.digests = RepeatedDigests(len(sender.pieces), sender._device)
                 shares += batch.digests.compute([Run(tensors[load], start, slot) for load, start, slot in batch.runs])
-            if before is not None:
-                self._settle(*before)
-            before = (batch, tensors, pending)
-        if before is not None:
-            self._settle(*before)
+            under_way.append((batch, tensors, pending))
+            while len(under_way) > num_ahead(in_place=batch.is_in_place, goes_back=self._verify == "full"):
+                self._settle(*under_way.popleft())
+        for sent in under_way:
+            self._settle(*sent)
         last_sent = time.monotonic()
         for index in tuple(self._live):
             self._guarded(index, lambda line: line.transport.finish(patience_left(last_sent, self._timeout_s)))
@@ -331,6 +342,10 @@ def _own_boxes(piece: Piece, own: Ownership, part: Part, rank: int) -> Iterator[
             for box in piece.region.boxes(run.start, run.stop):
                 yield start, box
                 start += box.num_elements
+
+
+def _address(value: torch.Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:

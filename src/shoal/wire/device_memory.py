@@ -16,8 +16,10 @@ import torch
 
 from shoal.errors import ConfigError
 
+HANDLE_BYTES = 64
+"""Of what names an allocation to other processes."""
+
 _ENABLE_PEER_ACCESS = 1
-_HANDLE_BYTES = 64
 _GRANULE = 2 << 20  # the driver shares out less than this among allocations, and exports whole granules
 
 
@@ -48,8 +50,21 @@ class SharedMemory(Protocol):
         """Return the address here of what another process described."""
         ...
 
+    def export(self, address: int) -> tuple[bytes, int] | None:
+        """Find the allocation of this process that an address lies in.
+
+        Returns:
+            A handle by which a process that can `open` memory of this one reaches it too, and where it begins; None if
+            no other process can reach it.
+        """
+        ...
+
+    def open_handle(self, handle: bytes) -> int:
+        """Return where an allocation that another process has exported begins here."""
+        ...
+
     def shut(self, address: int) -> None:
-        """Let go of what `open` returned."""
+        """Let go of what `open` or `open_handle` returned."""
         ...
 
     def mark(self) -> Moment:
@@ -62,7 +77,7 @@ class SharedMemory(Protocol):
 
 
 class _Handle(ctypes.Structure):
-    _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
+    _fields_ = (("reserved", ctypes.c_char * HANDLE_BYTES),)
 
 
 class CudaMemory:
@@ -108,9 +123,32 @@ class CudaMemory:
         """
         data = json.loads(description)
         self._check_reach(str(data["gpu"]))
-        address, handle = ctypes.c_uint64(), _Handle.from_buffer_copy(bytes.fromhex(data["handle"]))
+        return self.open_handle(bytes.fromhex(data["handle"]))
+
+    def export(self, address: int) -> tuple[bytes, int] | None:
+        """Find the allocation that an address lies in; None if it is of mapped or pooled memory.
+
+        Torch has such memory with `expandable_segments:True` or `backend:cudaMallocAsync`, and vLLM where it can sleep.
+        """
+        base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
+        find, describe = self._driver.cuMemGetAddressRange_v2, self._driver.cuIpcGetMemHandle
         with self._current():
-            self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, ctypes.c_uint(_ENABLE_PEER_ACCESS))
+            if find(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address)) != 0:
+                return None
+            if describe(ctypes.byref(handle), base) != 0:
+                return None
+        return bytes(handle), int(base.value)
+
+    def open_handle(self, handle: bytes) -> int:
+        """Map an allocation that another process has exported."""
+        address = ctypes.c_uint64()
+        with self._current():
+            self._call(
+                "cuIpcOpenMemHandle_v2",
+                ctypes.byref(address),
+                _Handle.from_buffer_copy(handle),
+                ctypes.c_uint(_ENABLE_PEER_ACCESS),
+            )
         return int(address.value)
 
     def shut(self, address: int) -> None:

@@ -1,7 +1,8 @@
-"""Parcels between processes of one host through staging buffers in GPU memory: CUDA IPC.
+"""Parcels between processes of one host that open each other's GPU memory: CUDA IPC.
 
-For engine workers on the trainer's own GPU, which NCCL refuses, and on GPUs that can reach it. The sender copies into a
-ring of its own memory and the receiver copies out of it; what is said between them goes through a page of host memory.
+For engine workers on the trainer's own GPU, which NCCL refuses, and on GPUs that can reach it. The receiver copies
+large parcels from where they lie, and lets go of that memory before the sender hears that all was read; small ones go
+through a ring of the sender's memory. What is said between them goes through a page of host memory.
 """
 
 from __future__ import annotations
@@ -209,6 +210,7 @@ class IpcTransport:
         readers, self._readers = self._readers, {}
         for reader in readers.values():
             reader.leave()
+            reader.shut()
             self._memory.shut(reader.address)
         for writer in writers.values():
             writer.leave()

@@ -1,13 +1,17 @@
-"""A ring of bytes between two processes: one writes, one reads, and each tells the other how far it came.
+"""A line of parcels between two processes of one host: one writes, one reads, and each says how far it came.
 
-Parcels lie in the ring one after another as a stream without end; both ends list them in the same order and know their
-sizes, so nothing but two positions has to be said. Positions count bytes of the stream and only grow.
+Both ends list the parcels in the same order and know their sizes. A large parcel stays where it lies, and the reader
+copies it from there: the writer *lends* it. Small ones, and those in memory that no other process can open, are copied
+into a ring of staging memory, one after another as a stream without end, and out of it again. In a page of the host's
+memory the writer notes what comes next, so many bytes of the stream or one lent parcel and where it lies, and the
+reader how far it is. All these counts only grow.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import struct
 import tempfile
 import time
 from collections import deque
@@ -16,27 +20,42 @@ from pathlib import Path
 
 import torch
 
-from shoal.wire.device_memory import Copy, Moment, SharedMemory
+from shoal.wire.device_memory import HANDLE_BYTES, Copy, Moment, SharedMemory
 
 ALIGNMENT = 512
+LENT_BYTES = 1 << 20
+"""Parcels from this size on are lent: opening and closing another process's memory costs 0.1 ms."""
+
+_NUM_NOTES = 2048
+_NOTE = struct.Struct(f"<QQ{HANDLE_BYTES}s")
+"""What comes next. In the stream: how many bytes, and zeros. Lent: 0, where in the allocation, and its handle."""
+
 _WORDS_PER_LINE = 16  # two cache lines of 8-byte words: the two ends never write to the same one
 _WRITTEN, _READ, _WRITER_LEFT, _READER_LEFT = (index * _WORDS_PER_LINE for index in range(4))
+_NOTES_READ = _READ + 1
+_FIRST_NOTE = 4 * _WORDS_PER_LINE * 8
+_PAGE_BYTES = _FIRST_NOTE + _NUM_NOTES * _NOTE.size
 
 
 class Signals:
-    """The two positions, in a page of the host's memory that both processes map."""
+    """What the two ends tell each other, in a piece of the host's memory that both processes map.
+
+    Args:
+        path: Name of that memory.
+        create: Whether it is made.
+    """
 
     def __init__(self, path: Path, *, create: bool) -> None:
         self.path = path
         descriptor = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
         try:
             if create:
-                os.ftruncate(descriptor, mmap.PAGESIZE)
-            self._page = mmap.mmap(descriptor, mmap.PAGESIZE)
+                os.ftruncate(descriptor, _PAGE_BYTES)
+            self._page = mmap.mmap(descriptor, _PAGE_BYTES)
         finally:
             os.close(descriptor)
         # Stores through a cast view are one machine word each; `struct` would write byte by byte.
-        self._words = memoryview(self._page).cast("q")
+        self._words = memoryview(self._page)[:_FIRST_NOTE].cast("q")
 
     @classmethod
     def create(cls) -> Signals:
@@ -53,6 +72,15 @@ class Signals:
 
     def __setitem__(self, word: int, value: int) -> None:
         self._words[word] = value
+
+    def note(self, number: int) -> tuple[int, int, bytes]:
+        """Return the bytes of the stream, or 0 and the offset and handle of a lent parcel."""
+        count, offset, handle = _NOTE.unpack_from(self._page, _FIRST_NOTE + number % _NUM_NOTES * _NOTE.size)
+        return count, offset, handle
+
+    def set_note(self, number: int, count: int, offset: int = 0, handle: bytes = b"") -> None:
+        """Write what `note` returns. It means something once the number of those written says so."""
+        _NOTE.pack_into(self._page, _FIRST_NOTE + number % _NUM_NOTES * _NOTE.size, count, offset, handle)
 
 
 @dataclass(slots=True)
@@ -89,16 +117,33 @@ class Piece:
         self.num_done = 0
 
 
+class _Copies:
+    """Copies to be made together. What follows on in both places is one copy."""
+
+    def __init__(self) -> None:
+        self.all: list[Copy] = []
+        self._end: tuple[int, int, object] = (0, 0, None)
+
+    def add(self, target: int, source: int, num_bytes: int, memory: object) -> None:
+        """Add a copy. One that goes on in another `memory` is apart: the device refuses to copy across allocations."""
+        if (target, source, memory) == self._end:
+            first_target, first_source, former = self.all[-1]
+            self.all[-1] = (first_target, first_source, former + num_bytes)
+        else:
+            self.all.append((target, source, num_bytes))
+        self._end = (target + num_bytes, source + num_bytes, memory)
+
+
 @dataclass(slots=True)
 class _Burst:
     """Copies under way together."""
 
     done: Moment
-    finished: list[Piece] = field(default_factory=list)
+    finished: list[Piece]
 
 
 class RingEnd:
-    """What both ends of a ring do: take bytes of the queued parcels in turn.
+    """What both ends do: take the queued parcels in turn.
 
     Args:
         peer: Rank of the member at the other end.
@@ -118,60 +163,32 @@ class RingEnd:
         self._memory = memory
         self._num_bytes = num_bytes
         self._queue: deque[Piece] = deque()
-        self._queued_bytes = 0  # with the padding between parcels
-        self._position = 0
+        self._position = 0  # in the stream
+        self._num_notes = 0
         self._burst: _Burst | None = None
-
-    def add(self, piece: Piece) -> None:
-        """Put a parcel at the end of the queue."""
-        self._queue.append(piece)
-        self._queued_bytes += _round_up(piece.num_bytes)
 
     def is_idle(self) -> bool:
         """Whether nothing is left to do, at either end."""
         return not self._queue and self._burst is None
 
-    def _start(self, budget: int) -> bool:
-        """Start copying up to `budget` bytes of the stream."""
-        copies: list[Copy] = []
-        batches: list[Batch] = []
-        finished: list[Piece] = []
-        end = self._position + budget
-        # Where the last copy ends: what follows on in both places is one copy with it, unless it lies in other memory,
-        # which may be another allocation of the device that begins just there.
-        last = (0, 0, 0)
-        while self._queue and self._position < end:
+    def _stream(self, copies: _Copies, batches: list[Batch], finished: list[Piece], end: int) -> None:
+        """Take what goes through the ring from the head of the queue, up to a position of the stream."""
+        while self._queue and self._position < end and not self._is_lent(self._queue[0]):
             piece = self._queue[0]
             offset = self._position % self._num_bytes
             count = min(piece.num_bytes - piece.num_done, end - self._position, self._num_bytes - offset)
             ring, own = self.address + offset, piece.address + piece.num_done
-            if (ring, own, piece.memory) == last:
-                target, source, former = copies[-1]
-                copies[-1] = (target, source, former + count)
-            else:
-                copies.append((ring, own, count) if self._writes else (own, ring, count))
-            last = (ring + count, own + count, piece.memory)
-            if not batches or batches[-1] is not piece.batch:
-                batches.append(piece.batch)
+            copies.add(*((ring, own) if self._writes else (own, ring)), count, piece.memory)
+            _come_after(batches, piece)
             piece.num_done += count
             self._position += count
             if piece.num_done == piece.num_bytes:
                 self._position = _round_up(self._position)
-                self._queued_bytes -= _round_up(piece.num_bytes)
                 finished.append(self._queue.popleft())
-        if not copies:
-            return False
-        self._burst = _Burst(self._memory.copy(copies, [batch.after for batch in batches]), finished)
-        return True
 
-    def _end_burst(self) -> bool:
-        """Take note of copies that are done. Returns whether there are any."""
-        if self._burst is None or not self._burst.done.query():
-            return False
-        for piece in self._burst.finished:
-            piece.batch.num_open -= 1
-        self._burst = None
-        return True
+    def _is_lent(self, piece: Piece) -> bool:
+        """Whether a parcel at the head of the queue does not go through the ring."""
+        raise NotImplementedError
 
 
 class RingWriter(RingEnd):
@@ -179,9 +196,24 @@ class RingWriter(RingEnd):
 
     _writes = True
 
+    def __init__(self, *, peer: int, memory: SharedMemory, address: int, num_bytes: int, signals: Signals) -> None:
+        super().__init__(peer=peer, memory=memory, address=address, num_bytes=num_bytes, signals=signals)
+        self._queued_bytes = 0  # for the ring, with the padding between parcels
+        self._lent: deque[tuple[int, Piece]] = deque()  # with the number of its note, oldest first
+        # By where a tensor's memory begins: the allocation it lies in. Forgotten when all is done, for it may be freed.
+        self._handles: dict[int, tuple[bytes, int] | None] = {}
+
+    def add(self, piece: Piece) -> None:
+        """Put a parcel at the end of the queue."""
+        if self.is_idle():
+            self._handles.clear()
+        self._queue.append(piece)
+        if not self._is_lent(piece):
+            self._queued_bytes += _round_up(piece.num_bytes)
+
     def is_idle(self) -> bool:
         """Whether all was written and read."""
-        return super().is_idle() and self.signals[_READ] == self._position
+        return super().is_idle() and not self._lent and self.signals[_READ] == self._position
 
     def peer_left(self) -> bool:
         """Whether the reader closed its end."""
@@ -193,22 +225,72 @@ class RingWriter(RingEnd):
 
     def step(self) -> bool:
         """Do what can be done without waiting. Returns whether anything was."""
-        progress = self._end_burst()
-        if progress:
-            self.signals[_WRITTEN] = self._position
+        progress = False
+        if self._burst is not None and self._burst.done.query():
+            for piece in self._burst.finished:
+                piece.batch.num_open -= 1
+            self._burst = None
+            self.signals[_WRITTEN] = self._num_notes
+            progress = True
+        num_read = self.signals[_NOTES_READ]
+        while self._lent and self._lent[0][0] < num_read:
+            self._lent.popleft()[1].batch.num_open -= 1
+            progress = True
         if self._burst is None and self._queue:
-            half = self._num_bytes // 2
-            budget = min(self._num_bytes - (self._position - self.signals[_READ]), half)
-            # Half a ring, or all there is: many small bursts would cost more than they move.
-            if budget == half or budget >= self._queued_bytes:
-                progress |= self._start(budget)
+            progress |= self._start(_NUM_NOTES - (self._num_notes - num_read))
         return progress
+
+    def _start(self, num_notes: int) -> bool:
+        """Start on what is queued, as far as the ring and so many notes go."""
+        half = self._num_bytes // 2
+        budget = min(self._num_bytes - (self._position - self.signals[_READ]), half)
+        # Half a ring, or all there is: many small bursts would cost more than they move.
+        end = self._position + (budget if budget == half or budget >= self._queued_bytes else 0)
+        last_note = self._num_notes + num_notes
+        copies, batches, finished = _Copies(), list[Batch](), list[Piece]()
+        first_note = self._num_notes
+        while self._queue and self._num_notes < last_note:
+            piece = self._queue[0]
+            if self._is_lent(piece):
+                handle, begin = self._handles[piece.memory] or (b"", 0)
+                self.signals.set_note(self._num_notes, 0, piece.address - begin, handle)
+                self._lent.append((self._num_notes, piece))
+                self._queue.popleft()
+                _come_after(batches, piece)
+            else:
+                before = self._position
+                self._stream(copies, batches, finished, end)
+                if self._position == before:
+                    break
+                self.signals.set_note(self._num_notes, self._position - before)
+                self._queued_bytes -= self._position - before
+            self._num_notes += 1
+        if self._num_notes == first_note:
+            return False
+        self._burst = _Burst(self._memory.copy(copies.all, [batch.after for batch in batches]), finished)
+        return True
+
+    def _is_lent(self, piece: Piece) -> bool:
+        if piece.num_bytes < LENT_BYTES:
+            return False
+        if piece.memory not in self._handles:
+            self._handles[piece.memory] = self._memory.export(piece.memory)
+        return self._handles[piece.memory] is not None
 
 
 class RingReader(RingEnd):
     """The receiver's end."""
 
     _writes = False
+
+    def __init__(self, *, peer: int, memory: SharedMemory, address: int, num_bytes: int, signals: Signals) -> None:
+        super().__init__(peer=peer, memory=memory, address=address, num_bytes=num_bytes, signals=signals)
+        self._opened: dict[bytes, int] = {}
+        self._end = 0  # of the stream, as far as the notes say that were taken up
+
+    def add(self, piece: Piece) -> None:
+        """Put a parcel at the end of the queue."""
+        self._queue.append(piece)
 
     def peer_left(self) -> bool:
         """Whether the writer closed its end."""
@@ -218,15 +300,62 @@ class RingReader(RingEnd):
         """Tell the writer that nobody reads any more."""
         self.signals[_READER_LEFT] = 1
 
+    def shut(self) -> None:
+        """Let go of the memory that was lent."""
+        while self._opened:
+            self._memory.shut(self._opened.popitem()[1])
+
     def step(self) -> bool:
         """Do what can be done without waiting. Returns whether anything was."""
-        progress = self._end_burst()
-        if progress:
+        progress = False
+        if self._burst is not None and self._burst.done.query():
+            if not self._queue:
+                # Before the writer hears that all was read: from then on it may give its memory back.
+                self.shut()
+            for piece in self._burst.finished:
+                piece.batch.num_open -= 1
+            self._burst = None
             self.signals[_READ] = self._position
+            self.signals[_NOTES_READ] = self._num_notes - (self._position < self._end)
+            progress = True
         if self._burst is None and self._queue:
-            budget = self.signals[_WRITTEN] - self._position
-            progress |= self._start(budget)
+            progress |= self._start(self.signals[_WRITTEN])
         return progress
+
+    def _start(self, num_written: int) -> bool:
+        """Start on what was written and is expected here."""
+        copies, batches, finished = _Copies(), list[Batch](), list[Piece]()
+        while self._queue:
+            if self._position == self._end:
+                if self._num_notes == num_written:
+                    break
+                count, offset, handle = self.signals.note(self._num_notes)
+                self._num_notes += 1
+                if not count:
+                    piece = self._queue.popleft()
+                    copies.add(piece.address, self._open(handle) + offset, piece.num_bytes, (piece.memory, handle))
+                    _come_after(batches, piece)
+                    finished.append(piece)
+                    continue
+                self._end += count
+            self._stream(copies, batches, finished, self._end)
+        if not copies.all:
+            return False
+        self._burst = _Burst(self._memory.copy(copies.all, [batch.after for batch in batches]), finished)
+        return True
+
+    def _open(self, handle: bytes) -> int:
+        if handle not in self._opened:
+            self._opened[handle] = self._memory.open_handle(handle)
+        return self._opened[handle]
+
+    def _is_lent(self, piece: Piece) -> bool:
+        return False  # it is the notes that say so
+
+
+def _come_after(batches: list[Batch], piece: Piece) -> None:
+    if not batches or batches[-1] is not piece.batch:
+        batches.append(piece.batch)
 
 
 def _round_up(count: int) -> int:

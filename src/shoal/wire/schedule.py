@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from shoal.types import Interval, ParameterMeta
 from shoal.wire.plan import Region, SlicePlan, dtype_from_name
 
+_MAX_AHEAD = 15
+
 Holdings = Mapping[str, Interval]
 """What one trainer rank holds: elements of flattened parameters."""
 
@@ -76,6 +78,16 @@ def batches(parameters: Sequence[ParameterMeta], max_bytes: int) -> tuple[tuple[
             room -= (stop - start) * size
             start = stop
     return (*done, tuple(current)) if current else tuple(done)
+
+
+def num_ahead(*, in_place: bool, goes_back: bool) -> int:
+    """Return how many batches may be under way before the one that is posted last, on either side.
+
+    Args:
+        in_place: Whether the last one needs no scratch.
+        goes_back: Whether what has arrived is sent back; NCCL wants both sides to take turns alike.
+    """
+    return _MAX_AHEAD if in_place and not goes_back else 1
 
 
 def assign(

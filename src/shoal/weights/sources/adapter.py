@@ -86,6 +86,10 @@ class AdapterSource:
         """Return which elements of each factor this rank has."""
         return self._held
 
+    def in_place(self) -> frozenset[str]:
+        """Name nothing: factors are scaled, and put together."""
+        return frozenset()
+
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the current factors, flat, `lora_B` scaled.

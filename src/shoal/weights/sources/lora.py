@@ -39,6 +39,8 @@ class MergedTensor:
         dtype: Of the merged values; the default is the base's.
     """
 
+    is_in_place = False
+
     def __init__(self, base: Value, layers: list[Any], local: str, dtype: torch.dtype | None) -> None:
         self._base = base
         self._layers = layers

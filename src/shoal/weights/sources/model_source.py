@@ -52,6 +52,16 @@ class ModelSource:
             for entry in self._layout[name]
             if (held := _held(entry, value)).size > 0
         }
+        self._in_place = frozenset(
+            entry.name
+            for name, value in values.items()
+            for entry in self._layout[name]
+            if value.is_in_place and all(entry.is_run for entry in self._layout[name])
+        )
+
+    def in_place(self) -> frozenset[str]:
+        """Name the parameters that go out as they lie."""
+        return self._in_place
 
     def metadata(self) -> tuple[ParameterMeta, ...]:
         """Describe every parameter of the checkpoint in full."""

@@ -61,6 +61,8 @@ class DequantisedTensor:
         ConfigError: It was never quantised.
     """
 
+    is_in_place = False
+
     def __init__(
         self,
         name: str,

@@ -31,6 +31,11 @@ class Value(Protocol):
         """What this rank holds of the flattened parameter; of size 0 where that is nothing."""
         ...
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether `local` returns a view of what is held, rather than something computed."""
+        ...
+
     def local(self) -> torch.Tensor:
         """Return the elements of `interval`, flat and contiguous. All ranks must call it, in the same order."""
         ...
@@ -42,6 +47,8 @@ class Value(Protocol):
 
 class WholeTensor:
     """A tensor that every rank has in full."""
+
+    is_in_place = True
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor.detach()
@@ -67,6 +74,8 @@ class RowShard:
     Raises:
         ConfigError: It is placed in another way.
     """
+
+    is_in_place = True
 
     def __init__(self, name: str, tensor: DTensor) -> None:
         sharded = [index for index, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
@@ -114,6 +123,8 @@ class FlatShard:
     Raises:
         ConfigError: The partition is not in memory, or is quantised.
     """
+
+    is_in_place = True
 
     def __init__(self, name: str, parameter: Any) -> None:
         partition = parameter.ds_tensor
