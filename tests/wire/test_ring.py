@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from shoal.wire.device_memory import Copy
-from shoal.wire.ring import ALIGNMENT, LENT_BYTES, Batch, Piece, RingReader, RingWriter, Signals
+from shoal.wire.ring import ALIGNMENT, Batch, Piece, RingReader, RingWriter, Signals
 
 RING = 1 << 40  # an address that nothing is read from
 LENT = 1 << 50  # where the reader finds what was lent
+NUM_BYTES = 1 << 20
 
 
 class Memory:
@@ -113,19 +114,19 @@ def ends_of(writer: Memory, reader: Memory, signals: Signals, num_bytes: int) ->
     return writer_of(writer, signals, num_bytes), read
 
 
-def test_a_large_parcel_is_read_where_it_lies_and_let_go_of_before_the_writer_hears_that_it_was_read(
+def test_a_parcel_is_read_where_it_lies_and_let_go_of_before_the_writer_hears_that_it_was_read(
     signals: Signals,
 ) -> None:
     own, other = Memory(exports=True), Memory()
     writer, reader = ends_of(own, other, signals, 64 * ALIGNMENT)
-    whole = torch.empty(LENT_BYTES + 8, dtype=torch.uint8)
-    source, target = whole[8:], torch.empty(LENT_BYTES, dtype=torch.uint8)
+    whole = torch.empty(NUM_BYTES + 8, dtype=torch.uint8)
+    source, target = whole[8:], torch.empty(NUM_BYTES, dtype=torch.uint8)
     sent, received = add(writer, own, source), add(reader, other, target)
     writer.step()
     assert not reader.step()  # what comes before it on the device may not be done yet
     writer.step()
     reader.step()
-    assert own.copies == [] and other.copies == [(target.data_ptr(), LENT + source.data_ptr(), LENT_BYTES)]
+    assert own.copies == [] and other.copies == [(target.data_ptr(), LENT + source.data_ptr(), NUM_BYTES)]
     assert len(other.opened) == 1 and sent.num_open == received.num_open == 1
     reader.step()
     assert not other.opened and received.num_open == 0
@@ -139,11 +140,11 @@ def test_many_parcels_of_all_sizes_keep_their_order(signals: Signals, exports: b
     """More lent ones than there is room for notes, small ones between them, and a ring that goes round."""
     own, other = Memory(exports=exports), Memory()
     writer, reader = ends_of(own, other, signals, 4 * ALIGNMENT)
-    large = torch.empty(LENT_BYTES + 5000, dtype=torch.uint8)
+    large = torch.empty(NUM_BYTES + 5000, dtype=torch.uint8)
     small = torch.empty(3000, dtype=torch.uint8)
+    num_parcels = 5000 if exports else 60
     sources = [
-        large[index : index + LENT_BYTES] if index % 3 else small[: 1 + index % 3000]
-        for index in range(5000 if exports else 60)
+        large[index : index + NUM_BYTES] if index % 3 else small[: 1 + index % 3000] for index in range(num_parcels)
     ]
     sent = add(writer, own, *sources)
     # What is copied where is only written down, so one tensor can be source and target.

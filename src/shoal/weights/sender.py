@@ -101,7 +101,7 @@ class _Batch:
         loads: Tensors to be made: a region of a parameter in a type.
         parcels: For each line, which of them go to which member of its group.
         runs: Which of them are digested: beginning with which element of what.
-        digests: Computes these.
+        digests: Computes these, unless the batch is in place.
     """
 
     names: tuple[str, ...]
@@ -147,8 +147,9 @@ class WeightSender:
         self._device = device
         self._batch_bytes = batch_bytes
         self._held = holdings[rank]
-        self._in_place = source.in_place()
+        self._names_in_place = source.in_place()
         self.pieces, self._batches = _schedule(source, rank, holdings, lines, plans, batch_bytes)
+        self._in_place_digests = RepeatedDigests(len(self.pieces), device)
         numbers = {piece: number for number, piece in enumerate(self.pieces)}
         self.slots = {
             plan.worker: tuple(numbers[piece_of(item)] for item in plan.slices) for workers in plans for plan in workers
@@ -201,7 +202,7 @@ class WeightSender:
             pass
 
     def _lie_still(self, batch: _Batch, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor]) -> bool:
-        return self._in_place.issuperset(batch.names) and all(
+        return self._names_in_place.issuperset(batch.names) and all(
             tensor.numel() == 0 or _address(tensor) == _address(values[load.source])
             for load, tensor in zip(batch.loads, tensors, strict=True)
         )
@@ -227,15 +228,21 @@ class _Sending:
         sender = self._sender
         shares = torch.zeros(len(sender.pieces), dtype=torch.int64, device=sender._device)
         under_way: deque[tuple[_Batch, list[torch.Tensor], dict[int, Pending]]] = deque()
+        in_place: list[Run] = []
         for batch, tensors in sender.loaded():
             pending = self._post(batch, tensors)
-            if self._verify != "off":
+            runs = [Run(tensors[load], start, slot) for load, start, slot in batch.runs]
+            if batch.is_in_place:
+                in_place += runs  # a digest now would hold up what is to carry the next batch
+            elif self._verify != "off":
                 if batch.digests is None:
                     batch.digests = RepeatedDigests(len(sender.pieces), sender._device)
-                shares += batch.digests.compute([Run(tensors[load], start, slot) for load, start, slot in batch.runs])
+                shares += batch.digests.compute(runs)
             under_way.append((batch, tensors, pending))
             while len(under_way) > num_ahead(in_place=batch.is_in_place, goes_back=self._verify == "full"):
                 self._settle(*under_way.popleft())
+        if in_place and self._verify != "off":
+            shares += sender._in_place_digests.compute(in_place)
         for sent in under_way:
             self._settle(*sent)
         last_sent = time.monotonic()

@@ -76,6 +76,17 @@ class SharedMemory(Protocol):
         ...
 
 
+class _Done:
+    """A moment that is past."""
+
+    def query(self) -> bool:
+        """Whether all before it is done: it is."""
+        return True
+
+
+_DONE = _Done()
+
+
 class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * HANDLE_BYTES),)
 
@@ -157,14 +168,23 @@ class CudaMemory:
             self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
 
     def mark(self) -> Moment:
-        """Record an event on the caller's current stream."""
+        """Record an event on the caller's current stream, if that has anything to do.
+
+        An event is the GPU's to pass, which costs a turn where two processes share it.
+        """
+        stream = torch.cuda.current_stream(self._device)
+        if stream.query():
+            return _DONE
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(stream)
         return event
 
     def copy(self, copies: Sequence[Copy], after: Sequence[Moment]) -> Moment:
         """Queue copies on this object's stream."""
-        for moment in after:
+        pending = [moment for moment in after if not moment.query()]
+        if not copies and not pending:
+            return _DONE
+        for moment in pending:
             assert isinstance(moment, torch.cuda.Event)
             self._stream.wait_event(moment)
         stream = self._stream.cuda_stream

@@ -1,10 +1,10 @@
 """A line of parcels between two processes of one host: one writes, one reads, and each says how far it came.
 
-Both ends list the parcels in the same order and know their sizes. A large parcel stays where it lies, and the reader
-copies it from there: the writer *lends* it. Small ones, and those in memory that no other process can open, are copied
-into a ring of staging memory, one after another as a stream without end, and out of it again. In a page of the host's
-memory the writer notes what comes next, so many bytes of the stream or one lent parcel and where it lies, and the
-reader how far it is. All these counts only grow.
+Both ends list the parcels in the same order and know their sizes. A parcel stays where it lies, and the reader copies
+it from there: the writer *lends* it. Those in memory that no other process can open are copied into a ring of staging
+memory, one after another as a stream without end, and out of it again. In a page of the host's memory the writer notes
+what comes next, so many bytes of the stream or one lent parcel and where it lies, and the reader how far it is. All
+these counts only grow.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import torch
 from shoal.wire.device_memory import HANDLE_BYTES, Copy, Moment, SharedMemory
 
 ALIGNMENT = 512
-LENT_BYTES = 1 << 20
-"""Parcels from this size on are lent: opening and closing another process's memory costs 0.1 ms."""
-
 _NUM_NOTES = 2048
+_LENT_PER_BURST = 32  # the next burst's memory is opened while those of the last one are copied
+_NUM_BURSTS = 2  # of a reader
 _NOTE = struct.Struct(f"<QQ{HANDLE_BYTES}s")
 """What comes next. In the stream: how many bytes, and zeros. Lent: 0, where in the allocation, and its handle."""
 
@@ -136,10 +135,19 @@ class _Copies:
 
 @dataclass(slots=True)
 class _Burst:
-    """Copies under way together."""
+    """Copies under way together.
+
+    Attributes:
+        done: When they are.
+        finished: Parcels that are through then.
+        position: In the stream, then.
+        num_notes: That are done with then.
+    """
 
     done: Moment
     finished: list[Piece]
+    position: int
+    num_notes: int
 
 
 class RingEnd:
@@ -165,11 +173,11 @@ class RingEnd:
         self._queue: deque[Piece] = deque()
         self._position = 0  # in the stream
         self._num_notes = 0
-        self._burst: _Burst | None = None
+        self._bursts: deque[_Burst] = deque()
 
     def is_idle(self) -> bool:
         """Whether nothing is left to do, at either end."""
-        return not self._queue and self._burst is None
+        return not self._queue and not self._bursts
 
     def _stream(self, copies: _Copies, batches: list[Batch], finished: list[Piece], end: int) -> None:
         """Take what goes through the ring from the head of the queue, up to a position of the stream."""
@@ -185,6 +193,20 @@ class RingEnd:
             if piece.num_done == piece.num_bytes:
                 self._position = _round_up(self._position)
                 finished.append(self._queue.popleft())
+
+    def _begin(self, copies: _Copies, batches: list[Batch], finished: list[Piece], num_notes: int) -> None:
+        """Start copying."""
+        done = self._memory.copy(copies.all, [batch.after for batch in batches])
+        self._bursts.append(_Burst(done, finished, self._position, num_notes))
+
+    def _passed(self) -> _Burst | None:
+        """Return the oldest burst if it is done, and count its parcels."""
+        if not self._bursts or not self._bursts[0].done.query():
+            return None
+        burst = self._bursts.popleft()
+        for piece in burst.finished:
+            piece.batch.num_open -= 1
+        return burst
 
     def _is_lent(self, piece: Piece) -> bool:
         """Whether a parcel at the head of the queue does not go through the ring."""
@@ -226,17 +248,14 @@ class RingWriter(RingEnd):
     def step(self) -> bool:
         """Do what can be done without waiting. Returns whether anything was."""
         progress = False
-        if self._burst is not None and self._burst.done.query():
-            for piece in self._burst.finished:
-                piece.batch.num_open -= 1
-            self._burst = None
-            self.signals[_WRITTEN] = self._num_notes
+        if burst := self._passed():
+            self.signals[_WRITTEN] = burst.num_notes
             progress = True
         num_read = self.signals[_NOTES_READ]
         while self._lent and self._lent[0][0] < num_read:
             self._lent.popleft()[1].batch.num_open -= 1
             progress = True
-        if self._burst is None and self._queue:
+        if not self._bursts and self._queue:
             progress |= self._start(_NUM_NOTES - (self._num_notes - num_read))
         return progress
 
@@ -267,12 +286,10 @@ class RingWriter(RingEnd):
             self._num_notes += 1
         if self._num_notes == first_note:
             return False
-        self._burst = _Burst(self._memory.copy(copies.all, [batch.after for batch in batches]), finished)
+        self._begin(copies, batches, finished, self._num_notes)
         return True
 
     def _is_lent(self, piece: Piece) -> bool:
-        if piece.num_bytes < LENT_BYTES:
-            return False
         if piece.memory not in self._handles:
             self._handles[piece.memory] = self._memory.export(piece.memory)
         return self._handles[piece.memory] is not None
@@ -308,26 +325,24 @@ class RingReader(RingEnd):
     def step(self) -> bool:
         """Do what can be done without waiting. Returns whether anything was."""
         progress = False
-        if self._burst is not None and self._burst.done.query():
-            if not self._queue:
+        if burst := self._passed():
+            if self.is_idle():
                 # Before the writer hears that all was read: from then on it may give its memory back.
                 self.shut()
-            for piece in self._burst.finished:
-                piece.batch.num_open -= 1
-            self._burst = None
-            self.signals[_READ] = self._position
-            self.signals[_NOTES_READ] = self._num_notes - (self._position < self._end)
+            self.signals[_READ] = burst.position
+            self.signals[_NOTES_READ] = burst.num_notes
             progress = True
-        if self._burst is None and self._queue:
+        if self._queue and len(self._bursts) < _NUM_BURSTS:
             progress |= self._start(self.signals[_WRITTEN])
         return progress
 
     def _start(self, num_written: int) -> bool:
         """Start on what was written and is expected here."""
         copies, batches, finished = _Copies(), list[Batch](), list[Piece]()
+        last_note = min(num_written, self._num_notes + _LENT_PER_BURST)
         while self._queue:
             if self._position == self._end:
-                if self._num_notes == num_written:
+                if self._num_notes == last_note:
                     break
                 count, offset, handle = self.signals.note(self._num_notes)
                 self._num_notes += 1
@@ -341,7 +356,7 @@ class RingReader(RingEnd):
             self._stream(copies, batches, finished, self._end)
         if not copies.all:
             return False
-        self._burst = _Burst(self._memory.copy(copies.all, [batch.after for batch in batches]), finished)
+        self._begin(copies, batches, finished, self._num_notes - (self._position < self._end))
         return True
 
     def _open(self, handle: bytes) -> int:
