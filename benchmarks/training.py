@@ -48,7 +48,7 @@ class RandomCompletionsTrainer(ReferenceTrainer):
 
     bench: StepSettings
 
-    def _write_step(self) -> list[Sequence]:
+    def _write_batch(self, number: int) -> list[Sequence]:
         step, settings = self.state.global_step, self.bench
         random = np.random.default_rng([settings.seed, step])
         vocabulary = SHAPES[settings.model_shape].vocabulary

@@ -232,6 +232,7 @@ class MicroBatch:
         advantages: `[N]` float32.
         rollout_logprobs: `[N]` float32.
         loss_weights: `[N]` float32, 0 for tokens that do not count.
+        old_logprobs: `[N]` float32, the trainer's before any update on the batch; None before there was one.
     """
 
     input_ids: torch.Tensor
@@ -243,6 +244,7 @@ class MicroBatch:
     advantages: torch.Tensor
     rollout_logprobs: torch.Tensor
     loss_weights: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

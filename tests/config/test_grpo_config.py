@@ -44,7 +44,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward_workers": -1}, "reward_workers=-1"),
     ({"reward_workers": 1.5}, "reward_workers=1.5"),
     ({"vllm_dtype": "int4"}, "vllm_dtype='int4'"),
-    ({"num_iterations": 2}, "num_iterations=2"),
+    ({"num_iterations": 0}, "num_iterations=0"),
     ({"vllm_importance_sampling_clip_min": 3.0}, "not below vllm_importance_sampling_clip_max=3.0"),
     ({"vllm_importance_sampling_clip_max": 0.0}, "excludes every ratio"),
     (
@@ -81,8 +81,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
     ({"num_completions_to_print": 2}, "log_completions"),
     ({"num_completions_to_print": -1, "log_completions": True}, "negative"),
-    ({"generation_batch_size": 64}, "generation_batch_size=8"),
-    ({"steps_per_generation": 4}, "steps_per_generation=1"),
+    ({"generation_batch_size": 60}, "multiple of 8, or remove it: then generation_batch_size=8"),
+    ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "each of 2 micro-steps"),
+    ({"steps_per_generation": 4, "generation_batch_size": 64}, "two sizes of one batch"),
+    ({"steps_per_generation": 2, "num_generations": 3}, "generation_batch_size=24 or a multiple"),
     ({"per_device_train_batch_size": 6}, "does not divide the 6 completions"),
     ({"accelerator_config": {"split_batches": True}}, "split_batches"),
 ]
@@ -97,19 +99,26 @@ def test_what_cannot_work_is_refused_with_the_value_seen(settings: dict[str, Any
 
 def test_the_defaults_are_accepted_and_train_on_one_prompt_a_step() -> None:
     defaults = config()
-    assert (defaults.completions_per_step, defaults.prompts_per_step) == (8, 1)
+    assert (defaults.completions_per_step, defaults.prompts_per_batch, defaults.steps_per_batch) == (8, 1, 1)
 
 
 def test_a_checked_config_can_be_changed_with_replace_and_is_checked_again() -> None:
     checked = config(per_device_train_batch_size=4, gradient_accumulation_steps=4)
-    assert dataclasses.replace(checked, num_generations=4).prompts_per_step == 4
+    assert dataclasses.replace(checked, num_generations=4).prompts_per_batch == 4
     with pytest.raises(ConfigError, match="num_generations=5"):
         dataclasses.replace(checked, num_generations=5)
 
 
 def test_batch_settings_that_mean_one_optimizer_step_are_accepted() -> None:
     both = config(gradient_accumulation_steps=2, generation_batch_size=16, steps_per_generation=2)
-    assert both.completions_per_step == 16
+    assert (both.completions_per_step, both.steps_per_batch) == (16, 1)
+
+
+def test_completions_written_at_once_may_be_trained_on_in_several_steps_and_more_than_once() -> None:
+    by_size = config(generation_batch_size=32, num_iterations=3, num_generations=16)
+    by_steps = config(steps_per_generation=8, gradient_accumulation_steps=2, num_iterations=3)
+    assert (by_size.parts_per_batch, by_size.steps_per_batch, by_size.prompts_per_batch) == (4, 12, 2)
+    assert (by_steps.parts_per_batch, by_steps.steps_per_batch, by_steps.prompts_per_batch) == (4, 12, 8)
 
 
 def test_bf16_is_off_by_default_where_no_gpu_can_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +178,7 @@ def test_sequences_split_over_processes_are_refused(cp_size: int, sp_size: int) 
 def check_batch(*, per_device: int, world_size: int, accumulation: int, num_generations: int) -> None:
     fake: Any = SimpleNamespace(
         completions_per_step=per_device * world_size * accumulation,
+        parts_per_batch=1,
         per_device_train_batch_size=per_device,
         world_size=world_size,
         gradient_accumulation_steps=accumulation,

@@ -18,7 +18,7 @@ def schedules(draw: st.DrawFn) -> PromptSchedule:
     num_prompts = draw(st.integers(1, 40))
     return PromptSchedule(
         num_prompts=num_prompts,
-        prompts_per_step=draw(st.integers(1, num_prompts)),
+        prompts_per_batch=draw(st.integers(1, num_prompts)),
         seed=draw(st.integers(0, 2**32)),
         shuffle=draw(st.booleans()),
     )
@@ -26,14 +26,14 @@ def schedules(draw: st.DrawFn) -> PromptSchedule:
 
 @quick
 @given(schedules(), st.integers(0, 5))
-def test_an_epoch_takes_no_row_twice_and_drops_less_than_a_step(schedule: PromptSchedule, epoch: int) -> None:
-    first = epoch * schedule.steps_per_epoch
-    steps = [schedule.rows(step) for step in range(first, first + schedule.steps_per_epoch)]
+def test_an_epoch_takes_no_row_twice_and_drops_less_than_a_batch(schedule: PromptSchedule, epoch: int) -> None:
+    first = epoch * schedule.batches_per_epoch
+    steps = [schedule.rows(step) for step in range(first, first + schedule.batches_per_epoch)]
     rows = [row for step in steps for row in step]
-    assert all(len(step) == schedule.prompts_per_step for step in steps)
+    assert all(len(step) == schedule.prompts_per_batch for step in steps)
     assert len(set(rows)) == len(rows)
     assert set(rows) <= set(range(schedule.num_prompts))
-    assert schedule.num_prompts - len(rows) < schedule.prompts_per_step
+    assert schedule.num_prompts - len(rows) < schedule.prompts_per_batch
 
 
 @quick
@@ -42,7 +42,7 @@ def test_a_resumed_run_takes_the_same_rows_as_one_that_never_stopped(schedule: P
     uninterrupted = [schedule.rows(s) for s in range(step + 3)]
     resumed = PromptSchedule(
         num_prompts=schedule.num_prompts,
-        prompts_per_step=schedule.prompts_per_step,
+        prompts_per_batch=schedule.prompts_per_batch,
         seed=schedule.seed,
         shuffle=schedule.shuffle,
     )
@@ -51,31 +51,31 @@ def test_a_resumed_run_takes_the_same_rows_as_one_that_never_stopped(schedule: P
 
 def test_each_epoch_and_each_seed_has_its_own_order() -> None:
     def epoch(seed: int, number: int) -> tuple[int, ...]:
-        return PromptSchedule(num_prompts=50, prompts_per_step=50, seed=seed, shuffle=True).rows(number)
+        return PromptSchedule(num_prompts=50, prompts_per_batch=50, seed=seed, shuffle=True).rows(number)
 
     assert len({epoch(0, 0), epoch(0, 1), epoch(1, 0), epoch(1, 1)}) == 4
 
 
 def test_the_order_is_the_same_in_every_version() -> None:
     """Changing this changes what a resumed run trains on."""
-    schedule = PromptSchedule(num_prompts=10, prompts_per_step=4, seed=42, shuffle=True)
+    schedule = PromptSchedule(num_prompts=10, prompts_per_batch=4, seed=42, shuffle=True)
     assert [schedule.rows(step) for step in range(3)] == [(4, 8, 1, 9), (3, 6, 0, 7), (1, 2, 8, 5)]
 
 
 def test_without_shuffling_the_order_is_the_datasets() -> None:
-    schedule = PromptSchedule(num_prompts=5, prompts_per_step=2, seed=0, shuffle=False)
+    schedule = PromptSchedule(num_prompts=5, prompts_per_batch=2, seed=0, shuffle=False)
     assert [schedule.rows(step) for step in range(4)] == [(0, 1), (2, 3), (0, 1), (2, 3)]
 
 
 @quick
 @given(st.integers(0, 20), st.integers(1, 30))
-def test_a_step_larger_than_the_dataset_is_refused(num_prompts: int, prompts_per_step: int) -> None:
-    assume(prompts_per_step > num_prompts)
-    with pytest.raises(ConfigError, match=f"takes {prompts_per_step} different prompts.*has only {num_prompts}"):
-        PromptSchedule(num_prompts=num_prompts, prompts_per_step=prompts_per_step, seed=0, shuffle=True)
+def test_a_batch_larger_than_the_dataset_is_refused(num_prompts: int, prompts_per_batch: int) -> None:
+    assume(prompts_per_batch > num_prompts)
+    with pytest.raises(ConfigError, match=f"takes {prompts_per_batch} different prompts.*has only {num_prompts}"):
+        PromptSchedule(num_prompts=num_prompts, prompts_per_batch=prompts_per_batch, seed=0, shuffle=True)
 
 
-@pytest.mark.parametrize(("prompts_per_step", "seed", "what"), [(0, 0, "0 prompts"), (1, -1, "seed=-1")])
-def test_a_schedule_without_sense_is_refused(prompts_per_step: int, seed: int, what: str) -> None:
+@pytest.mark.parametrize(("prompts_per_batch", "seed", "what"), [(0, 0, "0 prompts"), (1, -1, "seed=-1")])
+def test_a_schedule_without_sense_is_refused(prompts_per_batch: int, seed: int, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
-        PromptSchedule(num_prompts=3, prompts_per_step=prompts_per_step, seed=seed, shuffle=True)
+        PromptSchedule(num_prompts=3, prompts_per_batch=prompts_per_batch, seed=seed, shuffle=True)

@@ -37,7 +37,7 @@ TOLERANCE = 0.15
 class _FixedSequences(ReferenceTrainer):
     """Trains on made-up sequences: what is measured is the trainer, not an engine."""
 
-    def _write_step(self) -> list[Sequence]:
+    def _write_batch(self, number: int) -> list[Sequence]:
         random = np.random.default_rng(0)
         return [
             Sequence(

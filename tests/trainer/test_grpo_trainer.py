@@ -339,7 +339,7 @@ def test_a_script_for_trl_runs_with_its_import_replaced(tmp_path: Path) -> None:
     exec(TRL_SCRIPT.replace("from trl import", "from shoal import"), names)
     trainer = names["trainer"]
     assert type(trainer) is GRPOTrainer and trainer.rollouts is None
-    assert trainer.args.scale_rewards == "none" and trainer.args.prompts_per_step == 2
+    assert trainer.args.scale_rewards == "none" and trainer.args.prompts_per_batch == 2
     assert trainer.processing_class.eos_token == "</s>"
     assert torch.equal(trainer.model.get_input_embeddings().weight, tiny_model().get_input_embeddings().weight)
 

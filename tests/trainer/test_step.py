@@ -127,6 +127,7 @@ def test_spreading_keeps_the_order_and_leaves_the_last_call_something(num_micro_
 
 def test_all_tensors_of_a_micro_batch_move_to_the_device_and_the_rest_stays() -> None:
     micro_batch = build_micro_batch(make_sequences([(2, 3), (1, 4)]), [0.5, 0.25])
+    micro_batch = replace(micro_batch, old_logprobs=torch.zeros(7))
     moved = to_device(micro_batch, torch.device("meta"))
     tensors = [field.name for field in fields(MicroBatch) if field.name != "num_sequences"]
     assert {getattr(moved, name).device.type for name in tensors} == {"meta"}

@@ -34,9 +34,8 @@ def run(args: argparse.Namespace) -> int:
     trainer = make_trainer(run_file)
     try:
         if args.check:
-            print(
-                f"{args.file} is fine: {trainer.args.prompts_per_step} prompts x {trainer.args.num_generations} a step"
-            )
+            batch = f"{trainer.args.prompts_per_batch} prompts x {trainer.args.num_generations}"
+            print(f"{args.file} is fine: {batch} at a time")
             return 0
         trainer.train(resume_from_checkpoint=args.resume or None)
         folder = Path(trainer.args.output_dir) / "model"

@@ -1,7 +1,8 @@
-"""Rules for the batch of one optimizer step; they need the number of processes, so they run last."""
+"""Rules for batches of completions; they need the number of processes, so they run last."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,9 +42,17 @@ def suggest_batch(*, per_device: int, world_size: int, accumulation: int, num_ge
 
 def groups_fill_the_batch(config: GRPOConfig) -> None:
     """Refuse a batch that would end in the middle of a group."""
-    batch, group = config.completions_per_step, config.num_generations
+    step, group = config.completions_per_step, config.num_generations
+    batch = step * config.parts_per_batch
     if batch % group == 0:
         return
+    if config.parts_per_batch > 1:
+        raise ConfigError(
+            f"num_generations={group} does not divide the {batch} completions that are written at once for "
+            f"{config.parts_per_batch} optimizer steps of {step}: a prompt's completions are compared with one "
+            f"another, so a group cannot be cut. Set generation_batch_size={math.lcm(step, group)} or a multiple of "
+            f"it, or a num_generations that divides {batch}."
+        )
     found = suggest_batch(
         per_device=config.per_device_train_batch_size,
         world_size=config.world_size,
@@ -61,19 +70,26 @@ def groups_fill_the_batch(config: GRPOConfig) -> None:
     )
 
 
-def one_generation_per_step(config: GRPOConfig) -> None:
-    """Refuse batches of completions that are larger or smaller than one optimizer step."""
-    fitting = {
-        "generation_batch_size": config.completions_per_step,
-        "steps_per_generation": config.gradient_accumulation_steps,
+def batches_are_of_whole_steps(config: GRPOConfig) -> None:
+    """Refuse batches of completions that end in the middle of an optimizer step, or of which there are two sizes."""
+    sizes = {
+        "generation_batch_size": (config.completions_per_step, "completions"),
+        "steps_per_generation": (config.gradient_accumulation_steps, "micro-steps"),
     }
-    for name, only in fitting.items():
+    for name, (step, unit) in sizes.items():
         value = getattr(config, name)
-        if value not in (None, only):
+        if value is not None and value % step:
             raise ConfigError(
-                f"{name}={value} is not supported yet: completions are written for one optimizer step at a time, which "
-                f"here means {name}={only}. Set it to that, or remove it."
+                f"{name}={value} is not a whole number of optimizer steps, each of {step} {unit}. Set it to a multiple "
+                f"of {step}, or remove it: then {name}={step}."
             )
+    batch, micro_steps = config.generation_batch_size, config.steps_per_generation
+    micro_step = config.completions_per_step // config.gradient_accumulation_steps
+    if batch is not None and micro_steps is not None and batch != micro_steps * micro_step:
+        raise ConfigError(
+            f"generation_batch_size={batch} and steps_per_generation={micro_steps} (of {micro_step} completions each) "
+            "are two sizes of one batch. Remove one of them."
+        )
 
 
 def processes_see_whole_sequences(config: GRPOConfig) -> None:
@@ -98,7 +114,7 @@ def batches_are_not_split_again(config: GRPOConfig) -> None:
 BATCH_RULES: tuple[Callable[[GRPOConfig], None], ...] = (
     processes_see_whole_sequences,
     batches_are_not_split_again,
-    one_generation_per_step,
+    batches_are_of_whole_steps,
     groups_fill_the_batch,
 )
 """Every rule about the batch, in the order in which they are checked."""

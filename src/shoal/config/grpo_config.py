@@ -62,9 +62,13 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     )
     eval_temperature: float | None = setting(None, "Temperature in evaluation. Unset: temperature; 0: greedy.")
     chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Arguments for the chat template, as JSON.")
-    generation_batch_size: int | None = setting(None, "Completions written at once: those of one optimizer step.")
-    steps_per_generation: int | None = setting(None, "The same in micro-steps: gradient_accumulation_steps.")
-    num_iterations: int = setting(1, "Optimizer steps on each batch of completions; only 1 for now.")
+    generation_batch_size: int | None = setting(
+        None, "Completions written at once, over all processes. Unset: those of one optimizer step."
+    )
+    steps_per_generation: int | None = setting(
+        None, "The same in micro-steps, a multiple of gradient_accumulation_steps, its default."
+    )
+    num_iterations: int = setting(1, "How many times each batch of completions is trained on.")
 
     # Loss
     loss_type: str = setting("dapo", "How token losses are averaged: dapo or grpo.")
@@ -210,9 +214,22 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
         return int(self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps)
 
     @property
-    def prompts_per_step(self) -> int:
-        """Prompts that one optimizer step trains on, over all processes."""
-        return self.completions_per_step // self.num_generations
+    def parts_per_batch(self) -> int:
+        """Optimizer steps that it takes to go once through the completions written at once."""
+        if self.generation_batch_size is not None:
+            return int(self.generation_batch_size) // self.completions_per_step
+        micro_steps: int = self.gradient_accumulation_steps
+        return (self.steps_per_generation or micro_steps) // micro_steps
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps that train on the completions written at once."""
+        return self.parts_per_batch * self.num_iterations
+
+    @property
+    def prompts_per_batch(self) -> int:
+        """Prompts whose completions are written at once, over all processes."""
+        return int(self.completions_per_step * self.parts_per_batch // self.num_generations)
 
     @property
     def engines_are_elsewhere(self) -> bool:

@@ -40,6 +40,9 @@ _CHOICES = {
 _AT_LEAST_ONE = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "steps_per_generation",
+    "generation_batch_size",
+    "num_iterations",
     "num_generations_eval",
     "max_completion_length",
     "max_tokens_per_micro_batch",
@@ -47,7 +50,13 @@ _AT_LEAST_ONE = (
     "vllm_pipeline_parallel_size",
     "vllm_num_engines",
 )
-_MAY_BE_UNSET = ("num_generations_eval", "max_tokens_per_micro_batch", "vllm_num_engines")
+_MAY_BE_UNSET = (
+    "steps_per_generation",
+    "generation_batch_size",
+    "num_generations_eval",
+    "max_tokens_per_micro_batch",
+    "vllm_num_engines",
+)
 
 _TIMEOUTS = (
     "vllm_startup_timeout_s",
@@ -174,15 +183,6 @@ def groups_can_be_compared(config: GRPOConfig) -> None:
         raise ConfigError(
             f"num_generations={config.num_generations} leaves nothing to compare: a completion's advantage is how much "
             "better it is than the others of its prompt. Set num_generations to 2 or more."
-        )
-
-
-def batches_are_used_once(config: GRPOConfig) -> None:
-    """Refuse several optimizer steps on one batch of completions."""
-    if config.num_iterations != 1:
-        raise ConfigError(
-            f"num_iterations={config.num_iterations} is not supported yet: every optimizer step trains on completions "
-            "that its own weights wrote. Set num_iterations=1."
         )
 
 
@@ -377,7 +377,6 @@ RULES: tuple[Callable[[GRPOConfig], None], ...] = (
     timeouts_are_positive,
     values_are_known,
     groups_can_be_compared,
-    batches_are_used_once,
     engines_generate,
     temperatures_fit,
     filters_leave_tokens,

@@ -1,8 +1,9 @@
 """`GRPOTrainer`: a `transformers.Trainer` whose batches are written by vLLM engines as it goes.
 
-Everything happens at one seam, `get_batch_samples`, which transformers calls once for each optimizer step: rank 0
-collects the step's completions, every rank receives them and takes its share as packed micro-batches. After the
-optimizer's step the new weights are published. The rest (callbacks, checkpoints, schedulers, precision) is inherited.
+Everything happens at one seam, `get_batch_samples`, which transformers calls once for each optimizer step: where no
+batch is at hand, rank 0 collects its completions, every rank receives them and takes its share as packed micro-batches.
+After the batch's last step the new weights are published. The rest (callbacks, checkpoints, schedulers, precision) is
+inherited.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from shoal.trainer.factory import (
     write_engine_adapter,
 )
 from shoal.trainer.groups import num_tokens, training_sequences
+from shoal.trainer.held_batch import HeldBatch, Part, deal
 from shoal.trainer.judge import Judge
 from shoal.trainer.model import (
     add_adapter,
@@ -140,7 +142,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         )
         self._schedule = PromptSchedule(
             num_prompts=len(self._prompts),
-            prompts_per_step=args.prompts_per_step,
+            prompts_per_batch=args.prompts_per_batch,
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.shuffle_dataset,
         )
@@ -167,6 +169,11 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         )
         self._stop_token_ids = stop_token_ids(policy, tokenizer)
         self._objective = objective_settings(args)
+        self._held = HeldBatch(
+            num_parts=args.parts_per_batch,
+            num_iterations=args.num_iterations,
+            wants_old_logprobs=self._objective.old_from == "policy",
+        )
         self._step_log = StepLog()
         self._record = RunRecord(args)
         self._is_evaluating = False
@@ -234,38 +241,63 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[int]:
         """Return a loader that only counts: which prompts a step takes follows from its number (`PromptSchedule`)."""
-        ticks = self._schedule.steps_per_epoch * self.args.gradient_accumulation_steps
+        steps = self._schedule.batches_per_epoch * self.args.steps_per_batch
+        ticks = steps * self.args.gradient_accumulation_steps
         # In batches of one: a resumed run skips through the loader's batch sampler, which batch_size=None has none of.
         return DataLoader(range(ticks), batch_size=1, collate_fn=_no_collation)  # type: ignore[arg-type]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
     ) -> tuple[list[list[MicroBatch]], None]:
-        """Have one optimizer step's completions written and rewarded, and return this rank's share, packed."""
+        """Return this rank's share of an optimizer step, packed; where need be, have completions written for it."""
         ticks = list(itertools.islice(epoch_iterator, num_batches))
         if not ticks:
             return [], None
+        step = self.state.global_step
+        if self._held.serves(step):
+            self._train_began = time.monotonic()
+        else:
+            self._held.fill(step, self._new_batch(step), self._old_logprobs)
+        part = self._held.part(step)
+        self._step_is_empty = part.is_empty
+        return spread(part.micro_batches, len(ticks)), None
+
+    def _new_batch(self, step: int) -> list[Part]:
+        """Have a batch of completions written, rewarded and dealt out to its optimizer steps. A collective."""
         unwrapped, longest = self.accelerator.unwrap_model(self.model), self._max_sequence()
         if self._limit.tokens is None:  # only now is the model divided
             self._limit.find(unwrapped, self.accelerator, longest=longest, wrapped=self.model_wrapped)
-        report = self._engines.refresh(self.state.global_step, always=False)
+        report = self._engines.refresh(step, always=False)
         if report is not None and self._engines.sleeps:
             self._step_log.add({"seconds/publish": report.seconds})
-        sequences = self._exchange.sequences(self._engines.during(self._write_step))
+        number = self._held.number(step)
+        sequences = self._exchange.sequences(self._engines.during(lambda: self._write_batch(number)))
         self._engines.rest()
-        self._step_is_empty = not any(sequence.in_loss for sequence in sequences)
         self._train_began = time.monotonic()
         self._limit.measure(unwrapped, self.optimizer, longest=longest, is_fused=self._logprobs.is_fused)
         assert self._limit.tokens is not None, "found above, or in the constructor"
-        micro_batches = micro_batches_of_rank(
-            sequences,
-            loss_type=self.args.loss_type,
-            rank=self.args.process_index,
-            num_ranks=self.args.world_size,
-            max_tokens=self._limit.tokens,
-            skip_zero_advantages=skips_zero_advantages(self.args),
-        )
-        return spread(micro_batches, len(ticks)), None
+        return [
+            Part(
+                micro_batches=micro_batches_of_rank(
+                    share,
+                    loss_type=self.args.loss_type,
+                    rank=self.args.process_index,
+                    num_ranks=self.args.world_size,
+                    max_tokens=self._limit.tokens,
+                    skip_zero_advantages=skips_zero_advantages(self.args),
+                ),
+                is_empty=not any(sequence.in_loss for sequence in share),
+            )
+            for share in deal(sequences, self.args.parts_per_batch, seed=self.args.seed, number=number)
+        ]
+
+    @torch.no_grad()
+    def _old_logprobs(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """Return the logprobs of a part of the batch before the first update on it, `[N]`. A collective."""
+        self.model_wrapped.train()
+        self._decide_logprobs(self.model_wrapped)
+        with self.compute_loss_context_manager():
+            return self._logprobs.of_policy(self.model_wrapped, to_device(micro_batch, self.args.device)).logprobs
 
     def training_step(
         self, model: nn.Module, inputs: list[MicroBatch], num_items_in_batch: torch.Tensor | int | None = None
@@ -274,12 +306,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
-        self._logprobs.decide(
-            model,
-            vocabulary=int(self.accelerator.unwrap_model(model).get_input_embeddings().num_embeddings),
-            device=self.args.device,
-            all_agree=lambda agrees: not int(self._exchange.sum(torch.tensor([0 if agrees else 1]))),
-        )
+        self._decide_logprobs(model)
         total = torch.zeros((), device=self.args.device)
         ends_step = self.accelerator.sync_gradients  # as transformers has set it for the whole call
         for index, micro_batch in enumerate(inputs):
@@ -290,6 +317,14 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
                 self.accelerator.backward(loss, **backward_keywords(self.accelerator))
             total += loss.detach()
         return total
+
+    def _decide_logprobs(self, model: nn.Module) -> None:
+        self._logprobs.decide(
+            model,
+            vocabulary=int(self.accelerator.unwrap_model(model).get_input_embeddings().num_embeddings),
+            device=self.args.device,
+            all_agree=lambda agrees: not int(self._exchange.sum(torch.tensor([0 if agrees else 1]))),
+        )
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -310,12 +345,11 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             with torch.no_grad(), context:
                 ref_logprobs = self._logprobs.of_reference(reference, inputs)
         policy = self._logprobs.of_policy(model, inputs)
+        self._held.keep(policy.logprobs)
         objective = grpo_objective(
             inputs,
             policy.logprobs,
-            # Each batch is trained on once, so the policy that is being differentiated is the old one too, unless
-            # the engine is to be.
-            old_logprobs=None,
+            old_logprobs=inputs.old_logprobs,
             ref_logprobs=ref_logprobs,
             settings=self._objective,
             entropy=policy.entropy,
@@ -451,8 +485,9 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             self.optimizer.zero_grad(set_to_none=True)
 
     def publish_after_step(self) -> None:
-        """Publish the weights that the optimizer's step has made; engines that sleep get them when they are woken.
+        """Publish the weights that the optimizer's step has made, if engines are to write with them now.
 
+        Engines that sleep get them when they are woken, and none gets those between two steps on one batch.
         Nothing changes the weights until then, and what is done meanwhile (a checkpoint, say) has the whole device. All
         ranks call it.
         """
@@ -460,7 +495,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         seconds = time.monotonic() - self._train_began
         self._step_log.add({"seconds/train": seconds})
         self.ledger.add("train", seconds)
-        if self._engines.sleeps:
+        if self._engines.sleeps or self._held.serves(self.state.global_step):
             return
         report = self._engines.publish(self.state.global_step)
         self._step_log.add({"seconds/publish": report.seconds})
@@ -469,12 +504,17 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         """Have the weights published before the engines write again, whatever version they hold."""
         self._engines.forget()
 
+    def begin_training(self) -> None:
+        """Forget what an earlier call of `train` has left: completions, and what the engines hold."""
+        self._held.clear()
+        self.forget_published()
+
     # ---- rank 0 ----
 
-    def _write_step(self) -> list[TrainingSequence]:
-        """Collect one step's groups and turn them into training sequences."""
+    def _write_batch(self, number: int) -> list[TrainingSequence]:
+        """Collect a batch's groups and turn them into training sequences."""
         step = self.state.global_step
-        prompts = [self._prompts.get(row) for row in self._schedule.rows(step)]
+        prompts = [self._prompts.get(row) for row in self._schedule.rows(number)]
         began = time.monotonic()
         with self.ledger.phase("generate"):
             groups = self.score(
@@ -563,7 +603,7 @@ class _StepEnd(TrainerCallback):  # type: ignore[misc]
         self._trainer = weakref.proxy(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.forget_published()
+        self._trainer.begin_training()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.skip_empty_step()

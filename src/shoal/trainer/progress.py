@@ -93,9 +93,10 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Take up a step's numbers."""
-        if logs is not None and "reward" in logs:
+        if logs is not None and ("reward" in logs or "loss" in logs):
             self._step = int(state.global_step)
-            self._rewards.append(logs["reward"])
+            if "reward" in logs:  # no completions are written for a step that trains on former ones
+                self._rewards.append(logs["reward"])
             self._metrics = {name: value for name, value in logs.items() if isinstance(value, int | float)}
             self._show(state)
 

@@ -76,7 +76,8 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     """
 
     def move(value: torch.Tensor) -> torch.Tensor:
-        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+        is_ordinary = device.type == "cuda" and value.device.type == "cpu"
+        return (value.pin_memory() if is_ordinary else value).to(device, non_blocking=True)
 
     moved: dict[str, Any] = {
         field.name: move(value)
