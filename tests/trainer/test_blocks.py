@@ -133,6 +133,10 @@ def test_blocks_are_compiled_where_it_pays(model: Any) -> None:
     assert compiles_blocks(model, settings(regional_compilation=True, device=torch.device("cpu")), is_deepspeed=False)
     model.config.num_local_experts = 8
     assert not compiles_blocks(model, settings(), is_deepspeed=False)
+    inner = model.config
+    model.config = SimpleNamespace(get_text_config=lambda: inner)  # as of a model that takes pictures too
+    assert not compiles_blocks(model, settings(), is_deepspeed=False)
+    model.config = inner
     del model.config.num_local_experts
     model.hf_quantizer = object()
     assert not compiles_blocks(model, settings(), is_deepspeed=False)

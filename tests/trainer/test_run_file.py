@@ -124,7 +124,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_example_is_fine_and_a_slip_in_it_is_one_line(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(example), "--check"]) == 0
-    assert "is fine: 8 prompts x 8 a step" in capsys.readouterr().out
+    assert "is fine: 8 prompts x 8 at a time" in capsys.readouterr().out
     example.write_text(example.read_text().replace("num_generations", "num_generation"))
     assert main(["train", str(example)]) == 2
     said = capsys.readouterr().err

@@ -15,6 +15,7 @@ from shoal.engines.client import EngineClient
 from shoal.engines.fleet import Fleet
 from shoal.engines.process import choose_ports
 from shoal.types import RolloutRequest, SamplingSettings
+from shoal.vllm_compat import scheduling
 from shoal.vllm_plugin.scheduler import HoldingScheduler, make_scheduler
 
 NUM_TOKENS = 60
@@ -108,7 +109,7 @@ def test_this_vllm_is_as_expected() -> None:
 def test_an_output_with_something_unknown_is_not_held_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(vllm_compat, "_KNOWN_OUTPUT_FIELDS", vllm_compat._KNOWN_OUTPUT_FIELDS - {"events"})
+    monkeypatch.setattr(scheduling, "_KNOWN_OUTPUT_FIELDS", scheduling._KNOWN_OUTPUT_FIELDS - {"events"})
     monkeypatch.setattr(vllm_compat, "scheduler_class", lambda config: Plain)
     assert type(make_scheduler(vllm_config=None)) is Plain
     assert "EngineCoreOutput has events" in caplog.text

@@ -30,7 +30,6 @@ DEDICATED_SHARE = 0.9  # the default of vllm_gpu_memory_utilization
 # What a publish takes beside the weights (benchmarks/results/2026-11-24-one-h200-weights): 362 MiB at an engine.
 ENGINE_PUBLISH_BYTES = 362 << 20
 _TRAINER_PUBLISH_BYTES = 12 << 20
-_AS_FAST = 1.01
 _BUDGETS = tuple(1024 * size for size in (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1))
 
 
@@ -171,13 +170,14 @@ def with_best_budget(
         _with_fewest_recomputed(model, gpu, replace(setup, micro_batch_tokens=tokens), layout, work)
         for tokens in (candidates if budget is None else [budget])
     ]
-    roomy = [(other, other.time.total) for other in found if other.time is not None and _leaves_room(other)]
-    long_enough = [(other, seconds) for other, seconds in roomy if other.setup.micro_batch_tokens >= enough]
+    roomy = [other for other in found if _leaves_room(other)]
+    long_enough = [other for other in roomy if other.setup.micro_batch_tokens >= enough]
     if long_enough:
-        fastest = min(seconds for _, seconds in long_enough)
-        return next(other for other, seconds in long_enough if seconds <= fastest * _AS_FAST)
+        return min(
+            long_enough, key=lambda other: other.setup.num_recomputed(model)
+        )  # of several the longest, as listed
     if roomy:
-        return roomy[0][0]
+        return roomy[0]
     tight = [other for other in found if not other.problem and other.setup.micro_batch_tokens <= enough]
     return tight[0] if tight else found[-1]
 

@@ -9,29 +9,30 @@ from shoal.placement.architecture import Architecture
 from shoal.placement.gpu_kinds import GpuKind
 from shoal.placement.trainer_memory import TrainerSetup
 
-# Of one H200 (benchmarks/results/2026-11-29-one-h200-training, decision 18): in what attention leaves of a step,
-# compiled blocks reach 52.0 % (1.4B), 53.4 % (1.7B) and 52.7 % (8B with LoRA) of the peak, products and all between.
-_PRODUCT_EFFICIENCY = 0.527
+# Of one H200 (benchmarks/results/2026-11-29-one-h200-training, decision 18): matrix products run at 710 TFLOP/s.
+_PRODUCT_EFFICIENCY = 0.72
 # FlashAttention-2's kernels there; they were made for GPUs before Hopper, of which they take as large a share as
 # products do (Dao 2023, FlashAttention-2, section 4.1).
 _ATTENTION_FLOPS_PER_S = 210e12
-# Uncompiled blocks: operations over the float32 residual stream that compiling fuses (decision 18), each read and
-# written once; computing a block again repeats a quarter of them.
+# Operations over the float32 residual stream of a block, each read and written once; computing a block again repeats a
+# quarter of them. 37 is what four steps with compiled blocks take beside products and attention, at widths of 2048 and
+# 4096; compiling fuses 96 more (decision 18).
+_FUSED_OPERATIONS = 37
 _UNFUSED_OPERATIONS = 96
-_UNFUSED_TRAFFIC_BYTES = 2 * 4
+_OPERATION_BYTES = 2 * 4
 _FORWARD_SHARE = 0.25
-# AdamW reads and writes weights and two moments and reads gradients, all float32.
-_ADAM_TRAFFIC_BYTES = 4 * (3 * 2 + 1)
+# AdamW reads and writes weights and two moments and reads gradients, all of one type.
+_ADAM_TRAFFIC = 3 * 2 + 1
 # Of a decode step on an H100 with 1.7B (docs/decisions/0008): 4 ms of which 1.45 are reading the weights at 70 % of the
-# memory's rate, and 0.049 us a token of context, 70 % again. 17.5 us a sequence make 256 samples of 512 tokens come out
-# at the 20,475 tokens/s that were measured with 1.7B by Shoal's route (docs/decisions/0011).
+# memory's rate, and 0.049 us a token of context, 70 % again. With 4.2 us a sequence, 256 samples of 512 tokens come out
+# at the 34,372 tokens/s of an H200 with 1.7B (benchmarks/results/2026-11-29-one-h200-pool-and-weights).
 _MEMORY_EFFICIENCY = 0.70
 _STEP_S = 2.55e-3
-_SEQUENCE_S = 17.5e-6
+_SEQUENCE_S = 4.2e-6
 _PREFILL_EFFICIENCY = 0.50  # 8.5 us a prompt token at 1.7B are 41 % of an H100's peak; larger models come nearer to it
-# benchmarks/results/2026-11-24-one-h200-weights: 1.19 GB in 21.4 ms and 16.4 GB in 84.0 ms over CUDA IPC.
-_PUBLISH_S = 16.5e-3
-_IPC_BYTES_PER_S = 243e9
+# The same: 1.19 GB in 17.8 ms and 16.4 GB in 60.2 ms over CUDA IPC.
+_PUBLISH_S = 14.5e-3
+_IPC_BYTES_PER_S = 358e9
 # Grouped NCCL send/recv between two H100s moved 364 GB/s of 450.
 _LINK_EFFICIENCY = 0.80
 ENOUGH_TOKENS = 16_384  # a pass of so many runs at full speed; memory beyond is better spent on keeping activations
@@ -103,7 +104,8 @@ def training_seconds(model: Architecture, gpu: GpuKind, setup: TrainerSetup, wor
     num_micro_batches = max(1, math.ceil(work.num_tokens / setup.num_ranks / setup.micro_batch_tokens))
     wire = _wire_bytes(model, setup, num_micro_batches) / (gpu.link_bytes_per_s * _LINK_EFFICIENCY)
     shards = 1 if setup.sharding == "ddp" else setup.num_ranks
-    adam = _ADAM_TRAFFIC_BYTES * setup.trainable(model) / shards / (gpu.memory_bytes_per_s * _MEMORY_EFFICIENCY)
+    adam_bytes = _ADAM_TRAFFIC * (2 if setup.dtype == "bfloat16" else 4) * setup.trainable(model) / shards
+    adam = adam_bytes / (gpu.memory_bytes_per_s * _MEMORY_EFFICIENCY)
     return max(compute, wire) + adam, products + attention
 
 
@@ -171,10 +173,9 @@ def _compute_seconds(
     attention += again * attention / 3
     product_rate = gpu.flops * _PRODUCT_EFFICIENCY
     seconds = products / product_rate + attention / min(product_rate, _ATTENTION_FLOPS_PER_S)
-    if setup.compiled:
-        return seconds
-    operations = _UNFUSED_OPERATIONS * model.num_layers * (1 + _FORWARD_SHARE * again)
-    traffic = operations * _UNFUSED_TRAFFIC_BYTES * model.hidden * num_tokens
+    operations: float = _FUSED_OPERATIONS + (0 if setup.compiled else _UNFUSED_OPERATIONS)
+    operations *= model.num_layers * (1 + _FORWARD_SHARE * again)
+    traffic = operations * _OPERATION_BYTES * model.hidden * num_tokens
     return seconds + traffic / (gpu.memory_bytes_per_s * _MEMORY_EFFICIENCY)
 
 

@@ -68,6 +68,8 @@ def compiles_blocks(model: nn.Module, args: GRPOConfig, *, is_deepspeed: bool) -
     if args.regional_compilation is not None:
         return args.regional_compilation
     config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     is_dense = not any(getattr(config, name, None) for name in _NUM_EXPERTS)
     is_quantized = getattr(model, "hf_quantizer", None) is not None
     return (

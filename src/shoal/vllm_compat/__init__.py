@@ -1,0 +1,108 @@
+"""The only room that names version-dependent parts of vLLM. Covers vLLM 0.26 to 0.33.
+
+Everything is imported on use: the trainer imports this room in processes where vLLM is not wanted.
+"""
+
+from shoal.vllm_compat.adapters import (
+    activate_adapter,
+    active_adapter,
+    adapter_dtype,
+    adapter_layers,
+    adapter_shapes,
+    make_adapter,
+    put_adapter,
+    without_adapters,
+)
+from shoal.vllm_compat.loading import (
+    abandon,
+    check_nothing_derived,
+    keeps_layout,
+    layer_parameters,
+    load_weights,
+    loading_layout,
+    open_for_loading,
+    process_again,
+    process_and_close,
+)
+from shoal.vllm_compat.native import connect_native_update
+from shoal.vllm_compat.release import (
+    SUPPORTED,
+    computes,
+    installed_version,
+    is_cpu_build,
+    is_supported,
+    round_up_lora_rank,
+    serve_arguments,
+)
+from shoal.vllm_compat.scheduling import (
+    empty_message,
+    join_logprobs,
+    says_something,
+    scheduler_class,
+    skip_idle_block_work,
+    why_not_hold,
+)
+from shoal.vllm_compat.server import (
+    Piece,
+    Pieces,
+    adapter_request,
+    describe,
+    is_refusal,
+    may_hold,
+    pause,
+    resume,
+    sampling_params,
+    scheduler_name,
+    write,
+)
+from shoal.vllm_compat.worker import drops_asleep, worker_context, worker_device, worker_model, worker_number
+
+__all__ = [
+    "SUPPORTED",
+    "Piece",
+    "Pieces",
+    "abandon",
+    "activate_adapter",
+    "active_adapter",
+    "adapter_dtype",
+    "adapter_layers",
+    "adapter_request",
+    "adapter_shapes",
+    "check_nothing_derived",
+    "computes",
+    "connect_native_update",
+    "describe",
+    "drops_asleep",
+    "empty_message",
+    "installed_version",
+    "is_cpu_build",
+    "is_refusal",
+    "is_supported",
+    "join_logprobs",
+    "keeps_layout",
+    "layer_parameters",
+    "load_weights",
+    "loading_layout",
+    "make_adapter",
+    "may_hold",
+    "open_for_loading",
+    "pause",
+    "process_again",
+    "process_and_close",
+    "put_adapter",
+    "resume",
+    "round_up_lora_rank",
+    "sampling_params",
+    "says_something",
+    "scheduler_class",
+    "scheduler_name",
+    "serve_arguments",
+    "skip_idle_block_work",
+    "why_not_hold",
+    "without_adapters",
+    "worker_context",
+    "worker_device",
+    "worker_model",
+    "worker_number",
+    "write",
+]
