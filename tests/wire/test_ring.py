@@ -24,14 +24,14 @@ class Memory:
         self.opened: list[bytes] = []
 
     def export(self, address: int) -> tuple[bytes, int] | None:
-        return (b"%064x" % address, address) if self.exports else None
+        return (b"%064x" % (address >> 12), address % (1 << 12)) if self.exports else None
 
     def open_handle(self, handle: bytes) -> int:
         self.opened.append(handle)
-        return LENT + int(handle, 16)
+        return LENT + (int(handle, 16) << 12)
 
     def shut(self, address: int) -> None:
-        self.opened.remove(b"%064x" % (address - LENT))
+        self.opened.remove(b"%064x" % ((address - LENT) >> 12))
 
     def copy(self, copies: Sequence[Copy], after: Sequence[object]) -> Memory:
         self.copies += copies

@@ -106,7 +106,7 @@ class HostMemory:
     def export(self, address: int) -> tuple[bytes, int] | None:
         if address not in self._places:
             return None
-        return self._places[address].ljust(HANDLE_BYTES, b"\0"), address
+        return self._places[address].ljust(HANDLE_BYTES, b"\0"), 0
 
     def open_handle(self, handle: bytes) -> int:
         return self.open(handle.rstrip(b"\0").decode(), unlink=False)

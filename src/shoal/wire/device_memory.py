@@ -10,6 +10,7 @@ import ctypes
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NoReturn, Protocol, TypeAlias
 
 import torch
@@ -20,6 +21,8 @@ HANDLE_BYTES = 64
 """Of what names an allocation to other processes."""
 
 _ENABLE_PEER_ACCESS = 1
+_BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID: no two allocations of a process have the same, in all its life
+_MOST_EXPORTS = 4096
 _GRANULE = 2 << 20  # the driver shares out less than this among allocations, and exports whole granules
 
 
@@ -54,8 +57,8 @@ class SharedMemory(Protocol):
         """Find the allocation of this process that an address lies in.
 
         Returns:
-            A handle by which a process that can `open` memory of this one reaches it too, and where it begins; None if
-            no other process can reach it.
+            A handle by which a process that can `open` memory of this one reaches the allocation too, and how far into
+            it the address is; None if no other process can reach it.
         """
         ...
 
@@ -87,6 +90,15 @@ class _Done:
 _DONE = _Done()
 
 
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """An allocation that other processes can open."""
+
+    handle: bytes
+    base: int
+    num_bytes: int
+
+
 class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * HANDLE_BYTES),)
 
@@ -100,6 +112,7 @@ class CudaMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._exports: dict[int, _Export] = {}
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._copy_async = self._driver.cuMemcpyDtoDAsync_v2
@@ -141,14 +154,24 @@ class CudaMemory:
 
         Torch has such memory with `expandable_segments:True` or `backend:cudaMallocAsync`, and vLLM where it can sleep.
         """
-        base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
-        find, describe = self._driver.cuMemGetAddressRange_v2, self._driver.cuIpcGetMemHandle
+        number = ctypes.c_uint64()
         with self._current():
+            known = self._driver.cuPointerGetAttribute(ctypes.byref(number), _BUFFER_ID, ctypes.c_uint64(address)) == 0
+            export = self._exports.get(number.value) if known else None
+            if export is not None and 0 <= address - export.base < export.num_bytes:
+                return export.handle, address - export.base
+            base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
+            find, describe = self._driver.cuMemGetAddressRange_v2, self._driver.cuIpcGetMemHandle
             if find(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address)) != 0:
                 return None
             if describe(ctypes.byref(handle), base) != 0:
                 return None
-        return bytes(handle), int(base.value)
+        export = _Export(bytes(handle), int(base.value), int(size.value))
+        if known:
+            if len(self._exports) >= _MOST_EXPORTS:
+                self._exports.clear()  # most are of allocations that are gone
+            self._exports[number.value] = export
+        return export.handle, address - export.base
 
     def open_handle(self, handle: bytes) -> int:
         """Map an allocation that another process has exported."""

@@ -103,11 +103,15 @@ class Piece:
     Args:
         tensor: What it carries.
         batch: Its call.
+
+    Attributes:
+        lent: If the reader is to copy it from where it lies: the allocation's handle, and where it begins in there.
     """
 
-    __slots__ = ("address", "batch", "memory", "num_bytes", "num_done", "tensor")
+    __slots__ = ("address", "batch", "lent", "memory", "num_bytes", "num_done", "tensor")
 
     def __init__(self, tensor: torch.Tensor, batch: Batch) -> None:
+        self.lent: tuple[bytes, int] | None = None
         self.tensor = tensor  # stays alive until it is copied
         self.batch = batch
         self.address = tensor.data_ptr()
@@ -181,7 +185,7 @@ class RingEnd:
 
     def _stream(self, copies: _Copies, batches: list[Batch], finished: list[Piece], end: int) -> None:
         """Take what goes through the ring from the head of the queue, up to a position of the stream."""
-        while self._queue and self._position < end and not self._is_lent(self._queue[0]):
+        while self._queue and self._position < end and self._queue[0].lent is None:
             piece = self._queue[0]
             offset = self._position % self._num_bytes
             count = min(piece.num_bytes - piece.num_done, end - self._position, self._num_bytes - offset)
@@ -208,10 +212,6 @@ class RingEnd:
             piece.batch.num_open -= 1
         return burst
 
-    def _is_lent(self, piece: Piece) -> bool:
-        """Whether a parcel at the head of the queue does not go through the ring."""
-        raise NotImplementedError
-
 
 class RingWriter(RingEnd):
     """The sender's end. It fills half of the ring while the other half is read."""
@@ -222,15 +222,12 @@ class RingWriter(RingEnd):
         super().__init__(peer=peer, memory=memory, address=address, num_bytes=num_bytes, signals=signals)
         self._queued_bytes = 0  # for the ring, with the padding between parcels
         self._lent: deque[tuple[int, Piece]] = deque()  # with the number of its note, oldest first
-        # By where a tensor's memory begins: the allocation it lies in. Forgotten when all is done, for it may be freed.
-        self._handles: dict[int, tuple[bytes, int] | None] = {}
 
     def add(self, piece: Piece) -> None:
         """Put a parcel at the end of the queue."""
-        if self.is_idle():
-            self._handles.clear()
+        piece.lent = self._memory.export(piece.address)
         self._queue.append(piece)
-        if not self._is_lent(piece):
+        if piece.lent is None:
             self._queued_bytes += _round_up(piece.num_bytes)
 
     def is_idle(self) -> bool:
@@ -270,9 +267,9 @@ class RingWriter(RingEnd):
         first_note = self._num_notes
         while self._queue and self._num_notes < last_note:
             piece = self._queue[0]
-            if self._is_lent(piece):
-                handle, begin = self._handles[piece.memory] or (b"", 0)
-                self.signals.set_note(self._num_notes, 0, piece.address - begin, handle)
+            if piece.lent is not None:
+                handle, offset = piece.lent
+                self.signals.set_note(self._num_notes, 0, offset, handle)
                 self._lent.append((self._num_notes, piece))
                 self._queue.popleft()
                 _come_after(batches, piece)
@@ -288,11 +285,6 @@ class RingWriter(RingEnd):
             return False
         self._begin(copies, batches, finished, self._num_notes)
         return True
-
-    def _is_lent(self, piece: Piece) -> bool:
-        if piece.memory not in self._handles:
-            self._handles[piece.memory] = self._memory.export(piece.memory)
-        return self._handles[piece.memory] is not None
 
 
 class RingReader(RingEnd):
@@ -363,9 +355,6 @@ class RingReader(RingEnd):
         if handle not in self._opened:
             self._opened[handle] = self._memory.open_handle(handle)
         return self._opened[handle]
-
-    def _is_lent(self, piece: Piece) -> bool:
-        return False  # it is the notes that say so
 
 
 def _come_after(batches: list[Batch], piece: Piece) -> None:
