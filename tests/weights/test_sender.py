@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,14 +13,24 @@ from shoal.types import Interval, ParameterMeta
 from shoal.weights.sender import Loss, SendReport, WeightSender
 from shoal.wire.agreement import Verify
 from shoal.wire.digest import digest, unsigned
-from shoal.wire.plan import Region, Slice, SlicePlan, dtype_name
+from shoal.wire.plan import Region, Slice, SlicePlan, dtype_from_name, dtype_name
 
 CPU = torch.device("cpu")
 TENSORS = {"a": torch.randn(6, 4), "b": torch.randn(8), "c": torch.randn(5, 4), "unused": torch.randn(3)}
 
 
-class Done:
-    def wait(self) -> None: ...
+@dataclass
+class Sent:
+    """One batch under way, of those that are."""
+
+    wire: Wire
+
+    def __post_init__(self) -> None:
+        self.wire.num_under_way += 1
+        self.wire.most_under_way = max(self.wire.most_under_way, self.wire.num_under_way)
+
+    def wait(self) -> None:
+        self.wire.num_under_way -= 1
 
 
 @dataclass
@@ -32,6 +42,8 @@ class Wire:
     lasts: int = 1000
     sent: list[Parcel] = field(default_factory=list)
     is_closed: bool = False
+    num_under_way: int = 0
+    most_under_way: int = 0
 
     @property
     def transport(self) -> Wire:
@@ -40,16 +52,16 @@ class Wire:
     def member(self, worker: int) -> int:
         return 10 + worker
 
-    def send(self, parcels: Sequence[Parcel]) -> Done:
+    def send(self, parcels: Sequence[Parcel]) -> Sent:
         self.sent += parcels
         if len(self.sent) > self.lasts:
             raise ConnectionError("cut")
-        return Done()
+        return Sent(self)
 
-    def receive(self, parcels: Sequence[Parcel]) -> Done:
+    def receive(self, parcels: Sequence[Parcel]) -> Sent:
         for parcel in parcels:
             parcel.tensor.zero_()
-        return Done()
+        return Sent(self)
 
     def finish(self, timeout_s: float) -> None: ...
 
@@ -60,8 +72,9 @@ class Wire:
 class Rows:
     """Source of a half of the rows, or of all."""
 
-    def __init__(self, part: int = 0, num_parts: int = 1) -> None:
+    def __init__(self, part: int = 0, num_parts: int = 1, names_in_place: Iterable[str] = ()) -> None:
         self._part, self._num_parts = part, num_parts
+        self._names_in_place = frozenset(names_in_place)
         self.yielded: list[str] = []
 
     def metadata(self) -> tuple[ParameterMeta, ...]:
@@ -79,7 +92,7 @@ class Rows:
         return runs
 
     def in_place(self) -> frozenset[str]:
-        return frozenset()
+        return self._names_in_place
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, run in self.held().items():
@@ -160,6 +173,30 @@ def test_who_shares_a_device_with_the_worker_sends_all_and_the_digest_is_shared_
     reports = [send(sender) for sender in senders]
     assert reports[0].num_bytes == 0 and reports[1].num_bytes == 4 * 16 + 2 * 8 + 4 * 10
     assert all(bool(report.digests.any()) for report in reports)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "names_in_place", "most"),
+    [
+        ([("a", TENSORS["a"], "float32"), ("b", TENSORS["b"], "float32")], "ab", 8),  # all of them
+        ([("a", TENSORS["a"], "float32"), ("b", TENSORS["b"], "float32")], "a", 7),
+        ([("a", TENSORS["a"], "float32"), ("b", TENSORS["b"], "float32")], "", 2),
+        ([("a", TENSORS["a"], "bfloat16")], "ab", 2),
+    ],
+    ids=["in place", "some in place", "computed", "of another type"],
+)
+def test_many_batches_are_under_way_where_they_need_no_scratch_and_two_where_they_do(
+    pieces: list[tuple[str, torch.Tensor, str]], names_in_place: str, most: int
+) -> None:
+    wire = Wire("e", [frozenset()])
+    sender = sender_of([wire], [Rows(names_in_place=names_in_place)], plans=(plan(*pieces),), batch_bytes=16)
+    digests = send(sender).digests
+    assert (wire.most_under_way, wire.num_under_way) == (most, 0)
+    assert unsigned(digests) == [digest(view.to(dtype_from_name(dtype))) for _, view, dtype in pieces]
+    wire.most_under_way = 0
+    assert torch.equal(send(sender).digests, digests) and wire.most_under_way == most
+    send(sender, verify="full")  # what goes back takes turns with what goes there
+    assert wire.num_under_way == 0
 
 
 def test_workers_get_their_own_slices_and_nobody_gets_what_nobody_wants() -> None:
