@@ -40,6 +40,16 @@ CURVE = {
 }
 SAVED = CUT | {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
 
+# 4 prompts of 6 completions for two steps of 12, taken twice: a step's 3 calls are half of a generation's 6.
+SEVERAL = CUT | {
+    "num_generations": 6,
+    "steps_per_generation": 6,
+    "num_iterations": 2,
+    "max_steps": 6,
+    "optim": "adamw_torch",
+    "learning_rate": 1e-2,
+}
+
 COMPILED_BLOCKS = {"regional_compilation": True, "gradient_checkpointing": True, "recompute_num_layers": 1}
 
 FSDP2: dict[str, Any] = {"reshard_after_forward": True}
@@ -75,6 +85,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "curve, fsdp2": {"settings": CURVE, "dtype": "float32", "fsdp2": FSDP2},
     "bf16, ddp": {"settings": CUT | KL | {"bf16": True}, "dtype": "float32"},
     "bf16, fsdp2": {"settings": CUT | KL | {"bf16": True}, "dtype": "float32", "fsdp2": FSDP2},
+    "several steps, ddp": {"settings": SEVERAL},
+    "several steps, fsdp2": {"settings": SEVERAL, "fsdp2": FSDP2},
     "saved whole": {"settings": SAVED, "fsdp2": FSDP2, "save": True},
     "saved whole, resumed": {"settings": SAVED, "fsdp2": FSDP2, "resume": "saved whole/checkpoint-2"},
     "saved in parts": {"settings": SAVED, "fsdp2": {"state_dict_type": "SHARDED_STATE_DICT"}, "save": True},
@@ -250,6 +262,13 @@ def test_clipping_takes_the_norm_of_the_whole_gradient(on_two_processes: Any) ->
     assert clipped["log"]["grad_norm"] == pytest.approx(float(norm), rel=1e-6)
     expected = {name: value * 0.1 / (norm + 1e-6) for name, value in free["gradients"].items()}
     assert largest_error(clipped["gradients"], expected) < EXACT
+
+
+@pytest.mark.parametrize("name", ["several steps, ddp", "several steps, fsdp2"])
+def test_two_processes_take_the_steps_on_one_batch_that_one_takes(on_two_processes: Any, alone: Any, name: str) -> None:
+    divided, whole = on_two_processes(name), alone(name)
+    assert len(whole["all_groups"]) == 2
+    assert largest_error(divided["weights"], whole["weights"]) < EXACT
 
 
 @pytest.mark.parametrize("name", ["bf16, ddp", "bf16, fsdp2"])
