@@ -541,14 +541,15 @@ def test_an_engine_that_comes_back_with_other_values_fails_its_proof_and_is_not_
     site.publish(1)
     with_ranks_left(site, "engine-0")
     engine = LoopbackEngine("engine-0", [Shard()])
-    settle = ParameterSink.settle
+    finish = ParameterSink.finish
 
-    def settle_wrongly(sink: ParameterSink, message: Any) -> Any:
+    def finish_wrongly(sink: ParameterSink) -> Any:
+        # Once, when everything is there: batches arrive in any order, and a bit flipped twice is as it was.
         engine.workers[0].model.get_parameter("down.weight").data.view(torch.uint8).view(-1)[0] ^= 1
-        return settle(sink, message)
+        return finish(sink)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ParameterSink, "settle", settle_wrongly)
+        patch.setattr(ParameterSink, "finish", finish_wrongly)
         first, second = site.come_back(0, engine, 1)
     assert isinstance(first, WeightProofError) and "down.weight" in str(first) and isinstance(second, WeightSyncError)
     assert engine.weight_version == UNPROVEN

@@ -60,15 +60,15 @@ class PromptSchedule:
         end = start + self.prompts_per_batch
         if not self.shuffle:
             return tuple(range(start, end))
-        return tuple(_shuffled(self.num_prompts, self.seed, epoch)[start:end].tolist())
+        return tuple(random_order(self.num_prompts, self.seed, epoch)[start:end].tolist())
 
 
 @functools.lru_cache(maxsize=4)  # consecutive batches are of one epoch
-def _shuffled(num_prompts: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Give the order of all rows in an epoch.
+def random_order(size: int, *seeds: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Give the numbers below `size` in an order that follows from the seeds alone, `[size]`. It must not be changed.
 
     Sorted by raw random words rather than shuffled by `Generator.permutation`: NumPy promises the same PCG64 and
     SeedSequence in every version, but not the same permutation (NEP 19), and a run may resume on another NumPy.
     """
-    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_prompts)
+    words = np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(size)
     return np.argsort(words, kind="stable")

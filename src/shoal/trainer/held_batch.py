@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from shoal.data.schedule import random_order
 from shoal.types import MicroBatch
 from shoal.types import Sequence as TrainingSequence
 
@@ -66,11 +67,13 @@ class HeldBatch:
             old_logprobs: Computes a micro-batch's logprobs, `[N]`, under the policy as it is. A collective.
         """
         assert len(parts) == self._num_parts
-        self._number, self._parts, self._current, self._kept = self.number(step), list(parts), None, []
+        self.clear()
+        self._number, self._parts = self.number(step), list(parts)
+        if not self._wants_old:
+            return
         for index in sorted({later % self._num_parts for later in self._later(step)} - {step % self._num_parts}):
-            if self._wants_old:
-                part = self._parts[index]
-                part.micro_batches = [replace(item, old_logprobs=old_logprobs(item)) for item in part.micro_batches]
+            part = self._parts[index]
+            part.micro_batches = [replace(item, old_logprobs=old_logprobs(item)) for item in part.micro_batches]
 
     def part(self, step: int) -> Part:
         """Return what a step trains on, in its order."""
@@ -80,7 +83,7 @@ class HeldBatch:
             self._current.micro_batches = [replace(item, old_logprobs=value) for item, value in pairs]
         part = self._parts[step % self._num_parts]
         is_first = all(item.old_logprobs is None for item in part.micro_batches)
-        comes_again = any(later % self._num_parts == step % self._num_parts for later in self._later(step))
+        comes_again = step + self._num_parts in self._later(step)
         self._current = part if self._wants_old and is_first and comes_again else None
         self._kept = []
         return part
@@ -108,8 +111,7 @@ def deal(
     """
     if num_parts == 1:
         return [list(sequences)]
-    words = np.random.PCG64(np.random.SeedSequence([seed, _SALT, number])).random_raw(len(sequences))
-    order = np.argsort(words, kind="stable")
+    order = random_order(len(sequences), seed, _SALT, number)
     shortest = min(sequences, key=lambda sequence: len(sequence.token_ids))
     return [
         [sequences[int(index)] for index in share] or [replace(shortest, in_loss=False)]

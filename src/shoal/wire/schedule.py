@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shoal.types import Interval, ParameterMeta
 from shoal.wire.plan import Region, SlicePlan, dtype_from_name
 
-_MAX_AHEAD = 15
+_MAX_AHEAD = 15  # each has half of the time-out, counted from when it was posted
 
 Holdings = Mapping[str, Interval]
 """What one trainer rank holds: elements of flattened parameters."""

@@ -55,8 +55,8 @@ class ModelSource:
         self._in_place = frozenset(
             entry.name
             for name, value in values.items()
+            if value.is_in_place and _are_runs(self._layout[name])
             for entry in self._layout[name]
-            if value.is_in_place and all(entry.is_run for entry in self._layout[name])
         )
 
     def in_place(self) -> frozenset[str]:
@@ -97,8 +97,13 @@ def _held(entry: Entry, value: Value) -> Interval:
     return Interval(inside.start - region.offset, inside.stop - region.offset)
 
 
+def _are_runs(entries: tuple[Entry, ...]) -> bool:
+    """Whether the checkpoint's parameters in one in memory are runs of its elements, so that nothing is gathered."""
+    return all(entry.is_run for entry in entries)
+
+
 def _pieces(value: Value, entries: tuple[Entry, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    if all(entry.is_run for entry in entries):
+    if _are_runs(entries):
         local = value.local()
         for entry in entries:
             held = _held(entry, value)
