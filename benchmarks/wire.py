@@ -5,8 +5,8 @@
     python benchmarks/wire.py --backend gloo --gib 0.25 --tensors 399    # no GPU
 
 Then with both ends digesting what travels, as a publish does: once all is there (`digests_end`), or each batch while
-the next is on its way (`digests_overlapped`), beside none at all (`digests_none`). These end when both ends have met.
-`TORCH_NCCL_HIGH_PRIORITY=1` puts NCCL's kernels before others that wait for the GPU.
+later ones are on their way (`digests_overlapped`), beside none at all (`digests_none`). These end when both ends have
+met.
 
 The last line is one JSON object. Rates are in GB/s (10^9 bytes), the median over the repeats; a repeat is timed on
 the sender from the first call to the end of `finish`, which for all but Gloo means that the receiver has everything.
@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -34,6 +35,7 @@ import torch.distributed as dist
 from shoal.protocols import Parcel, Pending, WeightTransport
 from shoal.wire.digest import DigestPlan, Run, unsigned
 from shoal.wire.rendezvous import Store, host_store, join_store
+from shoal.wire.schedule import num_ahead
 from shoal.wire.transport import DEFAULT_STAGING_BYTES, make_transport
 
 HOST = "127.0.0.1"
@@ -101,7 +103,7 @@ def _member(arguments: argparse.Namespace, store: Store, rank: int) -> dict[str,
 
     def through_transport() -> None:
         operation = transport.send if rank == 0 else transport.receive
-        under_way = [operation([Parcel(tensor, 1 - rank) for tensor in batch]) for batch in batches]
+        under_way = [operation([Parcel(tensor, 1 - rank, stays=True) for tensor in batch]) for batch in batches]
         for pending in under_way:
             pending.wait()
         transport.finish(TIMEOUT_S)
@@ -156,19 +158,19 @@ def _rate_digests(
         def settle(of_batch: DigestPlan, pending: Pending) -> None:
             pending.wait()
             if digests == "overlapped":
-                total.add_(of_batch.compute())
+                of_batch.add_to(total)
 
-        before: tuple[DigestPlan, Pending] | None = None
+        under_way: deque[tuple[DigestPlan, Pending]] = deque()
         for batch, of_batch in zip(batches, plans, strict=True):
-            pending = operation([Parcel(tensor, 1 - rank) for tensor in batch])
-            if before is not None:
-                settle(*before)
-            before = of_batch, pending
-        if before is not None:
-            settle(*before)
+            pending = operation([Parcel(tensor, 1 - rank, stays=True) for tensor in batch])
+            under_way.append((of_batch, pending))
+            while len(under_way) > num_ahead(in_place=True, goes_back=False):
+                settle(*under_way.popleft())
+        while under_way:
+            settle(*under_way.popleft())
         transport.finish(TIMEOUT_S)
         if digests == "end":
-            total += plan.compute()
+            plan.add_to(total)
         found = unsigned(total)
         meet(f"digests/{next(met)}")
         return found

@@ -139,10 +139,13 @@ class Parcel:
     Attributes:
         tensor: Contiguous, on the transport's device. Both ends have equally many elements of the same type.
         peer: Member of the group that it goes to or comes from.
+        stays: Of what is sent: whether it will lie at the same place in later transfers too. Its memory may then be
+            kept, and kept open by the receiver, until a transfer goes by without it.
     """
 
     tensor: torch.Tensor
     peer: int
+    stays: bool = False
 
 
 class Pending(Protocol):

@@ -40,6 +40,7 @@ CUDA = BenchSettings(model_shape="tiny", device="cuda")
         ({"tensor_parallel_size": 2, "num_engines": 2, "num_ranks": 2}, False, (2, 3, 4, 5), "nccl"),
         ({"engine_devices": (3,)}, False, (3,), "nccl"),
         ({"tensor_parallel_size": 2}, True, (0, 1), "ipc"),
+        ({"backend_on_gpus": "ipc"}, False, (1,), "ipc"),
     ],
 )
 def test_engines_take_the_gpus_after_the_trainers_unless_told_otherwise(
@@ -57,6 +58,7 @@ def test_engines_take_the_gpus_after_the_trainers_unless_told_otherwise(
         ({"engine_devices": (1,), "tensor_parallel_size": 2}, False, "are not 2 GPUs"),
         ({"engine_devices": (0,)}, False, "shares a GPU with the trainer. Add --colocate"),
         ({"engine_devices": (1,)}, True, "shares no GPU with the trainer. Leave out --colocate"),
+        ({"backend_on_gpus": "nccl"}, True, "NCCL refuses two processes on one GPU"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_with_what_to_do(
@@ -73,6 +75,15 @@ def test_each_engine_gets_its_own_gpus_and_the_adapter_only_where_it_serves_one(
     assert [spec.lora_adapter for spec in specs] == [tmp_path / "adapter"] * 2
     (plain,) = engine_specs(replace(CUDA, engine_devices=(1,)), tmp_path, hypothetical_gpus(range(2)))
     assert plain.lora_adapter is None
+
+
+def test_an_engine_that_opens_the_trainers_memory_sees_their_gpus_after_its_own(tmp_path: Any) -> None:
+    apart = replace(CUDA, num_ranks=2, num_engines=2, engine_devices=(2, 3), backend_on_gpus="ipc")
+    shared = replace(CUDA, num_ranks=2, num_engines=2, engine_devices=(0, 1))
+    by_nccl = replace(apart, backend_on_gpus="nccl")
+    for settings, opened in ((apart, [("0", "1")] * 2), (shared, [("1",), ("0",)]), (by_nccl, [(), ()])):
+        specs = engine_specs(settings, tmp_path, hypothetical_gpus(range(4)))
+        assert [spec.opened_devices for spec in specs] == opened
 
 
 def test_sources_for_several_processes_are_refused_in_one_and_the_other_way_round() -> None:

@@ -165,6 +165,8 @@ def test_the_trainers_own_environment_is_left_as_it_is() -> None:
 
 def test_a_gpu_engine_sees_its_own_devices_alone_and_a_cpu_engine_none() -> None:
     assert serve_environment(GPU_SPEC, KEY, LAUNCHED)["CUDA_VISIBLE_DEVICES"] == "2,GPU-5"
+    opening = replace(GPU_SPEC, opened_devices=("0", "1"))
+    assert serve_environment(opening, KEY, LAUNCHED)["CUDA_VISIBLE_DEVICES"] == "2,GPU-5,0,1"  # its own first
     assert serve_environment(SPEC, KEY, LAUNCHED)["CUDA_VISIBLE_DEVICES"] == ""
 
 

@@ -334,21 +334,42 @@ def test_buffers_survive_a_publish() -> None:
     assert model.norm.get_buffer("steps").tolist() == [0.0, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("name", ["embed.weight", "norm.weight"])
-def test_one_element_corrupted_after_it_was_written_changes_the_digest_of_its_slice_alone(name: str) -> None:
+@pytest.mark.parametrize(("name", "other"), [("embed.weight", "norm.weight"), ("norm.weight", "embed.weight")])
+def test_one_element_corrupted_after_it_was_written_changes_the_digest_of_its_slice_alone(
+    name: str, other: str
+) -> None:
     tensors = checkpoint(1)
     model = started()
     plan = learn_plan(model, metadata(tensors), worker="w")
     sink = ParameterSink(model, plan, CPU)
     sink.begin()
-    deliver(sink, plan, tensors, pieces(plan, tensors))
+    *first, last = sorted(pieces(plan, tensors), key=lambda piece: plan.slices[piece.slice_index].target == other)
+    deliver(sink, plan, tensors, first)
     model.get_parameter(name).data.view(torch.int32).view(-1)[4] ^= 1  # the last bit of one element
+    deliver(sink, plan, tensors, [last])
     differ = [
         piece.target
         for piece, held, sent in zip(plan.slices, sink.finish(), expected_digests(plan, tensors), strict=True)
         if held != sent
     ]
     assert differ == [name]
+
+
+def test_layers_are_digested_while_others_are_still_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.vllm_plugin.sink._BYTES_PER_DIGEST", 1)
+    tensors = checkpoint(1)
+    model = started()
+    plan = learn_plan(model, metadata(tensors), worker="w")
+    sink = ParameterSink(model, plan, CPU)
+    *others, norm = sorted(
+        pieces(plan, tensors), key=lambda piece: plan.slices[piece.slice_index].target == "norm.weight"
+    )
+    for _ in range(2):
+        sink.begin()
+        deliver(sink, plan, tensors, others)
+        model.embed.weight.data.zero_()  # what comes after the digest is not seen
+        deliver(sink, plan, tensors, [norm])
+        assert sink.finish() == expected_digests(plan, tensors)
 
 
 def test_an_element_that_arrives_changed_changes_the_digest_of_a_reloaded_layers_slice() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -52,10 +54,10 @@ def writer_of(memory: Memory, signals: Signals, num_bytes: int = 64 * ALIGNMENT)
     return RingWriter(peer=1, memory=memory, address=RING, num_bytes=num_bytes, signals=signals)  # type: ignore[arg-type]
 
 
-def add(writer: RingWriter | RingReader, memory: Memory, *tensors: torch.Tensor) -> Batch:
+def add(end: RingWriter | RingReader, memory: Memory, *tensors: torch.Tensor, stays: bool = False) -> Batch:
     batch = Batch(memory, len(tensors))
     for tensor in tensors:
-        writer.add(Piece(tensor, batch))
+        end.add(Piece(tensor, batch, stays=stays))
     return batch
 
 
@@ -133,6 +135,44 @@ def test_a_parcel_is_read_where_it_lies_and_let_go_of_before_the_writer_hears_th
     assert not writer.is_idle() and sent.num_open == 1  # a tensor that was lent may not change before this
     writer.step()
     assert writer.is_idle() and reader.is_idle() and sent.num_open == 0
+
+
+def test_memory_that_stays_is_kept_open_and_alive_until_a_transfer_goes_by_without_it(signals: Signals) -> None:
+    own, other = Memory(exports=True), Memory()
+    writer, reader = ends_of(own, other, signals, 64 * ALIGNMENT)
+    target = torch.empty(NUM_BYTES, dtype=torch.uint8)
+
+    def transfer(source: torch.Tensor, *, stays: bool) -> list[bytes]:
+        before = list(other.opened)
+        add(writer, own, source, stays=stays)
+        add(reader, other, target)
+        while writer.step() | reader.step():
+            pass
+        assert writer.is_idle() and reader.is_idle()
+        # The writer's end comes first: it must not free yet what the reader still has open.
+        writer.end_transfer()
+        reader.end_transfer()
+        return [handle for handle in other.opened if handle not in before]
+
+    def is_alive(source: weakref.ref[torch.UntypedStorage]) -> bool:
+        gc.collect()
+        return source() is not None
+
+    first, second = (torch.empty(NUM_BYTES, dtype=torch.uint8) for _ in range(2))
+    lent = weakref.ref(first.untyped_storage())
+    (kept,) = transfer(first, stays=True)
+    assert not transfer(first, stays=True) and other.opened == [kept]  # opened once
+    assert not transfer(first, stays=False) and not other.opened
+    assert not transfer(second, stays=False) and not other.opened
+    (kept,) = transfer(first, stays=True)
+    del first
+    assert is_alive(lent)
+    (another,) = transfer(second, stays=True)
+    assert other.opened == [another] and is_alive(lent)
+    transfer(second, stays=True)
+    assert not is_alive(lent)
+    reader.shut()
+    assert not other.opened
 
 
 @pytest.mark.parametrize("exports", [True, False])

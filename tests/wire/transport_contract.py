@@ -228,6 +228,24 @@ def peers_come_in_any_order(member: Member) -> None:
     member.transport.finish(TIMEOUT_S)
 
 
+def what_stays_is_read_anew_each_time(member: Member) -> None:
+    """Other values at the same place, then another place, of which nobody says that it is another."""
+    sizes = (7, 1 << 20)
+    for round_ in range(6):
+        if round_ % 3 == 0:
+            tensors = [
+                [member.lendable(torch.zeros(size, device=member.device)) for size in sizes] for _ in member.peers
+            ]
+        for peer, of_peer in zip(member.peers, tensors, strict=True):
+            for tensor in of_peer:
+                tensor.fill_(100 * round_ + member.rank if member.is_trainer else -1)
+            operation = member.transport.send if member.is_trainer else member.transport.receive
+            operation([Parcel(tensor, peer, stays=True) for tensor in of_peer]).wait()
+        member.transport.finish(TIMEOUT_S)
+        for peer, of_peer in zip(member.peers, tensors, strict=True):
+            assert member.is_trainer or all(bool((tensor == 100 * round_ + peer).all()) for tensor in of_peer)
+
+
 def nothing_is_done_at_once(member: Member) -> None:
     member.transport.finish(0.1)
     member.transport.send([]).wait()
@@ -323,6 +341,7 @@ TRANSFERS: tuple[Callable[[Member], None], ...] = (
     batches_need_not_be_cut_alike,
     workers_send_back,
     peers_come_in_any_order,
+    what_stays_is_read_anew_each_time,
     nothing_is_done_at_once,
 )
 FAILURES: tuple[Callable[[Member], None], ...] = (

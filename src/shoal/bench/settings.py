@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -14,8 +14,10 @@ from shoal.engines.process import choose_ports
 from shoal.errors import ConfigError
 from shoal.placement.devices import Device
 from shoal.wire.agreement import Verify
+from shoal.wire.device_memory import can_open
 from shoal.wire.transport import Backend
 
+BackendChoice: TypeAlias = Literal["auto", "ipc", "nccl"]
 SourceKind: TypeAlias = Literal["plain", "lora-merged", "adapter", "ddp", "fsdp2"]
 
 _CPU_KV_CACHE_GIB = 1
@@ -38,6 +40,7 @@ class BenchSettings:
         repeats: Publishes behind each median.
         running_requests: Completions under way during the publishes that are measured under load.
         verify: How publishes are proven.
+        backend_on_gpus: What carries weights to engines on GPUs of their own; `settle_devices` decides on `"auto"`.
         gpu_memory_utilization: vLLM's.
         enforce_eager: vLLM's; engines start faster without CUDA graphs.
     """
@@ -53,6 +56,7 @@ class BenchSettings:
     repeats: int = 20
     running_requests: int = 256
     verify: Verify = "digest"
+    backend_on_gpus: BackendChoice = "auto"
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
 
@@ -71,13 +75,15 @@ class BenchSettings:
         """What carries the weights."""
         if self.device == "cpu":
             return "gloo"
-        return "ipc" if self.is_colocated else "nccl"
+        return "ipc" if self.is_colocated or self.backend_on_gpus == "ipc" else "nccl"
 
     @property
     def layout(self) -> str:
         """Name of the layout, fit for a file's name."""
         name = f"{self.source}-{self.num_ranks}-to-{self.num_engines}xtp{self.tensor_parallel_size}-{self.device}"
-        return f"{name}-colocated" if self.is_colocated else name
+        if self.is_colocated:
+            return f"{name}-colocated"
+        return name if self.device == "cpu" else f"{name}-{self.backend}"
 
     @property
     def dtype(self) -> str:
@@ -145,6 +151,11 @@ def settle_devices(settings: BenchSettings, present: Sequence[Device], *, coloca
     if settings.is_colocated != colocate:
         have, do = ("shares no GPU", "Leave out --colocate") if colocate else ("shares a GPU", "Add --colocate")
         raise ConfigError(f"with --engine-devices {_listed(chosen)} an engine {have} with the trainer. {do}.")
+    if colocate and settings.backend_on_gpus == "nccl":
+        raise ConfigError("NCCL refuses two processes on one GPU. Leave out --backend nccl or --colocate.")
+    if settings.backend_on_gpus == "auto":
+        reaches = can_open(chosen, range(settings.num_ranks))
+        settings = replace(settings, backend_on_gpus="ipc" if reaches else "nccl")
     return settings
 
 
@@ -174,6 +185,7 @@ def engine_specs(
             model_dir=folder / "model",
             port=port,
             cuda_devices=tuple(visible[device] for device in settings.devices_of_engine(index)),
+            opened_devices=_opened(settings, index, visible),
             cpu_cores=(),
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=1,
@@ -188,6 +200,13 @@ def engine_specs(
         )
         for index, port in enumerate(choose_ports(settings.num_engines, None))
     ]
+
+
+def _opened(settings: BenchSettings, engine: int, visible: Mapping[int, str]) -> tuple[str, ...]:
+    if settings.backend != "ipc":
+        return ()
+    own = settings.devices_of_engine(engine)
+    return tuple(visible[rank] for rank in range(settings.num_ranks) if rank not in own)
 
 
 def _listed(indices: Sequence[int]) -> str:

@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size (default: 1)")
     weights.add_argument("--num-engines", type=int, default=1, metavar="N", help="default: 1")
     weights.add_argument("--colocate", action="store_true", help="engines share the trainer's GPUs")
+    weights.add_argument(
+        "--backend",
+        choices=("auto", "ipc", "nccl"),
+        default="auto",
+        help="to engines on their own GPUs: CUDA IPC where these reach the trainer's (auto), or NCCL",
+    )
     weights.add_argument("--source", choices=_SOURCES, default="plain", help="ddp and fsdp2: with torchrun")
     weights.add_argument("--lora-rank", type=int, default=16, metavar="N", help="default: 16")
     weights.add_argument("--repeats", type=int, default=20, metavar="N", help="publishes behind a median (default: 20)")
@@ -187,6 +193,7 @@ def _run_weights(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         running_requests=args.running_requests,
         verify=args.verify,
+        backend_on_gpus=args.backend,
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
     )

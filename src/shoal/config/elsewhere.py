@@ -115,7 +115,12 @@ def ray_decides_where(config: GRPOConfig) -> None:
 
 
 def settings_for_elsewhere_are_used(config: GRPOConfig) -> None:
-    """Refuse settings that matter for engines elsewhere only, where there are none."""
+    """Refuse settings that matter for engines elsewhere only, where there are none, or the other way round."""
+    if config.weight_sync_backend == "ipc" and config.engines_are_elsewhere:
+        raise ConfigError(
+            'weight_sync_backend="ipc" has engines open the trainer\'s memory, and these are not started on this host. '
+            "Remove it: their weights go over NCCL."
+        )
     if config.vllm_api_key_file is not None and config.vllm_server_base_urls is None:
         raise ConfigError(
             f"vllm_api_key_file={config.vllm_api_key_file!r} has no effect: engines that Shoal starts get a random "

@@ -173,6 +173,10 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     vllm_lora_sync: str = setting(
         "merge", "How an adapter reaches engines: merge it into the weights sent, or adapter: engines serve it."
     )
+    weight_sync_backend: str = setting(
+        "auto",
+        "Carries weights between GPUs: ipc (engines open the trainer's memory), nccl, or auto: ipc where it can.",
+    )
     weight_sync_verify: str = setting(
         "digest", "Proof of every publish: digest, full (bit for bit, for finding faults) or off."
     )

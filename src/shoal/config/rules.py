@@ -34,6 +34,7 @@ _CHOICES = {
     "vllm_dtype": (None, "auto", "float32", "bfloat16", "float16"),
     "reward_on_error": ("raise", "drop"),
     "vllm_lora_sync": ("merge", "adapter"),
+    "weight_sync_backend": ("auto", "ipc", "nccl"),
     "weight_sync_verify": ("digest", "full", "off"),
 }
 

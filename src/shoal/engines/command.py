@@ -34,6 +34,7 @@ class EngineSpec:
         model_dir: Folder with the model's config and tokenizer. Its weights are not read: the trainer sends them.
         port: To listen on, at `host`.
         cuda_devices: Indices or UUIDs for `CUDA_VISIBLE_DEVICES`; empty for a CPU engine.
+        opened_devices: GPUs of the trainer that its workers open memory of, in the same terms as `cuda_devices`.
         cpu_cores: Cores to run on; empty for no binding.
         tensor_parallel_size: vLLM's.
         pipeline_parallel_size: vLLM's.
@@ -65,6 +66,7 @@ class EngineSpec:
     cpu_kv_cache_gib: int
     seed: int
     extra_arguments: Mapping[str, object]
+    opened_devices: tuple[str, ...] = ()
     lora_adapter: Path | None = None
     max_lora_rank: int = 16
     sleeps: bool = False
@@ -162,7 +164,8 @@ def serve_environment(spec: EngineSpec, api_key: str, base: Mapping[str, str]) -
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # its routes could put another adapter in place of the published one
     }
     if spec.cuda_devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(spec.cuda_devices)
+        # vLLM takes the first ones; the others are only seen, as CUDA demands of whoever opens their memory.
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join((*spec.cuda_devices, *spec.opened_devices))
     elif spec.is_on_gpus:
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # Ray's, of an actor without any
     else:

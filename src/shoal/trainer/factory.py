@@ -33,6 +33,7 @@ from shoal.protocols import Ranks, WeightSource
 from shoal.rollout.collector import Decode, Score
 from shoal.rollout.dispatch import DispatchSettings
 from shoal.rollout.pool import PoolSettings
+from shoal.trainer.carrier import backend_for, opened_devices
 from shoal.trainer.model import compute_dtype
 from shoal.trainer.rollouts import Rollouts, RolloutSettings
 from shoal.trainer.shared_devices import check_sharing, sleeps
@@ -127,12 +128,16 @@ def draw_blueprint(plan: PlacementPlan, *, model: nn.Module, args: GRPOConfig, m
     if args.trust_remote_code:
         extra.setdefault("trust-remote-code", True)
 
+    is_local = args.vllm_launcher == "local"
+    backends = {engine.name: backend_for(engine, plan.trainers, args) for engine in plan.engines if is_local}
+
     def spec(engine: EnginePlacement, port: int) -> EngineSpec:
         return EngineSpec(
             name=engine.name,
             model_dir=Path(args.output_dir) / "engines" / "model",
             port=port,
             cuda_devices=tuple(device.visible_id for device in engine.devices if device.kind == "cuda"),
+            opened_devices=opened_devices(engine, plan.trainers, backends.get(engine.name, "gloo")),
             cpu_cores=engine.cpu_cores,
             tensor_parallel_size=engine.tensor_parallel_size,
             pipeline_parallel_size=engine.pipeline_parallel_size,
@@ -153,7 +158,7 @@ def draw_blueprint(plan: PlacementPlan, *, model: nn.Module, args: GRPOConfig, m
     return Blueprint(
         plan=plan,
         specs=tuple(spec(engine, port) for engine, port in zip(plan.engines, ports, strict=True)),
-        backends=tuple(_backend(engine) for engine in plan.engines),
+        backends=tuple(backends.values()),
     )
 
 
@@ -375,10 +380,3 @@ def _adapter_dir(args: GRPOConfig) -> Path:
 def _max_lora_rank(model: Any) -> int:
     configs = getattr(model, "peft_config", {}).values()
     return max((max([config.r, *(config.rank_pattern or {}).values()]) for config in configs), default=1)
-
-
-def _backend(engine: EnginePlacement) -> Backend:
-    """NCCL between GPUs. It refuses two processes on one GPU: there an engine maps the trainer's memory."""
-    if engine.devices[0].kind != "cuda":
-        return "gloo"
-    return "ipc" if engine.colocated else "nccl"

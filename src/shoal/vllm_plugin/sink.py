@@ -10,8 +10,27 @@ from torch import nn
 
 from shoal import vllm_compat
 from shoal.wire.digest import DigestPlan, Run, digests, unsigned
-from shoal.wire.plan import SlicePlan, dtype_name
+from shoal.wire.plan import SlicePlan, dtype_from_name, dtype_name
 from shoal.wire.schedule import Message
+
+_BYTES_PER_DIGEST = 256 << 20  # a launch takes some 0.1 ms, during which NCCL's next kernel may wait for it
+
+
+@dataclass(slots=True)
+class _Share:
+    """Layers that stay where they lie and are digested together.
+
+    Attributes:
+        slices: Of all of them.
+        num_layers: How many they are.
+        num_missing: How many of them are not complete in this publish.
+        digests: Planned once.
+    """
+
+    slices: list[int] = field(default_factory=list)
+    num_layers: int = 0
+    num_missing: int = 0
+    digests: DigestPlan | None = None
 
 
 @dataclass(slots=True)
@@ -20,6 +39,7 @@ class _Layer:
 
     module: nn.Module
     is_reloaded: bool
+    share: _Share | None = None
     slices: list[int] = field(default_factory=list)
     fills: list[int] = field(default_factory=list)
     num_elements: int = 0
@@ -30,9 +50,10 @@ class _Layer:
 class ParameterSink:
     """Takes pieces of slices in any order. Of a layer that must be held twice, only those under way are.
 
-    A layer that keeps its layout is written where it lies and digested at the end. A layer whose layout vLLM changes
-    gets fresh parameters, is digested once they are complete, and is then processed by vLLM into its former storage:
-    what its kernels hold afterwards cannot be read back (on CPUs the weight is packed and dropped).
+    A layer that keeps its layout is written where it lies, and digested as soon as it and its neighbours are complete,
+    while others are still on their way. A layer whose layout vLLM changes gets fresh parameters, is digested once they
+    are complete, and is then processed by vLLM into its former storage: what its kernels hold afterwards cannot be read
+    back (on CPUs the weight is packed and dropped).
 
     For each publish: `begin`; for each piece `room`, then `place` once it is there; `finish`. `close` in `finally`.
 
@@ -57,8 +78,7 @@ class ParameterSink:
         self._layers = _group_by_layer(model, plan)
         self._tied = _tied_copies(model, self._layers)
         self._digests = torch.zeros(len(plan.slices), dtype=torch.int64, device=device)
-        # What lies in place lies still: its digests are planned once.
-        self._in_place: DigestPlan | None = None
+        self._shares = _shares_of(plan, self._layers)
         self._wants_digests = True
 
     def begin(self, *, with_digests: bool = True) -> None:
@@ -72,6 +92,8 @@ class ParameterSink:
         self._digests.zero_()
         for layer in self._layers.values():
             layer.num_missing = layer.num_elements
+        for share in self._shares:
+            share.num_missing = share.num_layers
 
     @torch.no_grad()
     def room(self, message: Message) -> torch.Tensor:
@@ -103,7 +125,7 @@ class ParameterSink:
 
     @torch.no_grad()
     def settle(self, message: Message) -> None:
-        """Count a piece that was placed; a reloaded layer that is complete is digested and processed."""
+        """Count a piece that was placed; what is complete is digested, and a reloaded layer processed."""
         layer = self._layer(self._plan.slices[message.slice_index].target)
         layer.num_missing -= message.source.num_elements
         if layer.num_missing == 0:
@@ -122,11 +144,6 @@ class ParameterSink:
             if layer.num_elements == 0:  # nothing but padding, such as the last part of a vocabulary
                 self._open(layer)
                 self._complete(layer)
-        if self._wants_digests:
-            if self._in_place is None:
-                layers = [layer for layer in self._layers.values() if not layer.is_reloaded]
-                self._in_place = DigestPlan(self._runs(layers), len(self._plan.slices), self._device)
-            self._digests += self._in_place.compute()
         for module in self._tied:
             vllm_compat.process_again(module)
         return unsigned(self._digests)
@@ -150,17 +167,24 @@ class ParameterSink:
             fill.target_region.view(self._resolve(fill.target)).fill_(fill.value)
         if layer.is_reloaded:
             if self._wants_digests:
-                self._digests += digests(self._runs([layer]), len(self._plan.slices), self._device)
+                self._digests += digests(self._runs(layer.slices), len(self._plan.slices), self._device)
             vllm_compat.process_and_close(layer.module)
             layer.is_open = False
+        if layer.share is not None:
+            layer.share.num_missing -= 1
+            if layer.share.num_missing == 0:
+                self._digest(layer.share)
 
-    def _runs(self, layers: Iterable[_Layer]) -> list[Run]:
-        return [
-            Run(piece.target_region.view(self._resolve(piece.target)), 0, index)
-            for layer in layers
-            for index in layer.slices
-            for piece in [self._plan.slices[index]]
-        ]
+    def _digest(self, share: _Share) -> None:
+        if not self._wants_digests:
+            return
+        if share.digests is None:
+            share.digests = DigestPlan(self._runs(share.slices), len(self._plan.slices), self._device)
+        share.digests.add_to(self._digests)
+
+    def _runs(self, slices: Iterable[int]) -> list[Run]:
+        pieces = [(index, self._plan.slices[index]) for index in slices]
+        return [Run(piece.target_region.view(self._resolve(piece.target)), 0, index) for index, piece in pieces]
 
     def _layer(self, target: str) -> _Layer:
         return self._layers[_split(target)[0]]
@@ -194,6 +218,25 @@ def _group_by_layer(model: nn.Module, plan: SlicePlan) -> dict[str, _Layer]:
     for index, fill in enumerate(plan.fills):
         layer_of(fill.target).fills.append(index)
     return layers
+
+
+def _shares_of(plan: SlicePlan, layers: Mapping[str, _Layer]) -> list[_Share]:
+    """Divide the layers that keep their layout, in the order in which they arrive."""
+    shares: list[_Share] = []
+    room = 0
+    for layer in layers.values():
+        if layer.is_reloaded or layer.num_elements == 0:
+            continue
+        pieces = [plan.slices[index] for index in layer.slices]
+        size = sum(piece.source_region.num_elements * dtype_from_name(piece.dtype).itemsize for piece in pieces)
+        if not shares or size > room:
+            shares.append(_Share())
+            room = _BYTES_PER_DIGEST
+        room -= size
+        layer.share = shares[-1]
+        layer.share.slices += layer.slices
+        layer.share.num_layers += 1
+    return shares
 
 
 def _tied_copies(model: nn.Module, layers: Mapping[str, _Layer]) -> list[nn.Module]:

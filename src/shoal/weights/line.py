@@ -96,6 +96,11 @@ class EngineLine:
                 frozenset(rank for rank, device in enumerate(ranks) if device == own) for own in workers
             )
 
+    @property
+    def shares_device(self) -> bool:
+        """Whether a worker is on this rank's own device."""
+        return any(self._rank in ranks for ranks in self.preferred)
+
     def join(self) -> None:
         """Form the group with the workers, which must be doing the same.
 

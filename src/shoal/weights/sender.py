@@ -254,7 +254,9 @@ class _Sending:
     def _post(self, batch: _Batch, tensors: list[torch.Tensor]) -> dict[int, Pending]:
         pending: dict[int, Pending] = {}
         for index in tuple(self._live):
-            parcels = [Parcel(tensors[load], member) for load, member in batch.parcels.get(index, ())]
+            parcels = [
+                Parcel(tensors[load], member, stays=batch.is_in_place) for load, member in batch.parcels.get(index, ())
+            ]
             if not parcels:
                 continue
             self._num_bytes += sum(parcel.tensor.nbytes for parcel in parcels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, TypeAlias
@@ -253,6 +253,12 @@ class CudaMemory:
         text = ctypes.c_char_p()
         self._driver.cuGetErrorString(code, ctypes.byref(text))
         raise RuntimeError(f"{name} failed on {self._device}: {(text.value or b'unknown error').decode()} ({code})")
+
+
+def can_open(receivers: Iterable[int], senders: Sequence[int]) -> bool:
+    """Whether each of some GPUs reaches the memory of each of others, or is the same; by torch's numbers."""
+    pairs = [(own, other) for own in receivers for other in senders if own != other]
+    return torch.cuda.is_available() and all(torch.cuda.can_device_access_peer(own, other) for own, other in pairs)
 
 
 def _uuid(index: int) -> str:

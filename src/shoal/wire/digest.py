@@ -100,15 +100,19 @@ class DigestPlan:
     def compute(self) -> torch.Tensor:
         """Return `[num_slots]` int64 digests of the runs' present values, as `digests` does."""
         out = torch.zeros(self._num_slots, dtype=torch.int64, device=self._device)
+        self.add_to(out)
+        return out
+
+    def add_to(self, out: torch.Tensor) -> None:
+        """Add the digests of the runs' present values to `out`, `[num_slots]` int64 on the plan's device."""
         if self._kernels is None:
             for run in self._runs:
                 out[run.slot] += _share(_bits(run.values), run.start)
-            return out
+            return
         for copy, values in self._copies:
             copy.copy_(values)
         for kernel in self._kernels:
             kernel.add_to(out)
-        return out
 
     def _check(self, index: int, run: Run) -> None:
         values = run.values

@@ -1,8 +1,9 @@
 """Parcels between processes of one host that open each other's GPU memory: CUDA IPC.
 
 For engine workers on the trainer's own GPU, which NCCL refuses, and on GPUs that can reach it. The receiver copies
-parcels from where they lie, and lets go of that memory before the sender hears that all was read; those that it cannot
-open go through a ring of the sender's memory. What is said between them goes through a page of host memory.
+parcels from where they lie, and lets go of that memory before the sender hears that all was read, unless it stays from
+transfer to transfer; those that it cannot open go through a ring of the sender's memory. What is said between them goes
+through a page of host memory.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ class IpcTransport:
             if not done:
                 self._fail(self._late(timeout_s))
                 raise self._failure or AssertionError
+            for end in self._ends():
+                end.end_transfer()
 
     def close(self) -> None:
         """Leave, and give back the memory."""
@@ -148,7 +151,7 @@ class IpcTransport:
             if self._failure is not None:
                 raise self._failure
             for parcel in filled:
-                ends[parcel.peer].add(Piece(parcel.tensor, batch))
+                ends[parcel.peer].add(Piece(parcel.tensor, batch, stays=parcel.stays))
             self._changed.notify_all()
         return _IpcBatch(self, batch)
 

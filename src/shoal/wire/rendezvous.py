@@ -139,7 +139,8 @@ def make_group(
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         gloo._timeout = timeout
         return dist.ProcessGroupGloo(meeting, rank, size, gloo)
-    nccl = dist.ProcessGroupNCCL.Options()
+    # So that NCCL's next kernel does not wait behind the digests of what has arrived.
+    nccl = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     # Time is kept by who waits. NCCL's own watchdog would end the process where we want an error.
     nccl._timeout = _NEVER
     with _without_nccl_watchdog():

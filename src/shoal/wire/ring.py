@@ -5,6 +5,10 @@ it from there: the writer *lends* it. Those in memory that no other process can 
 memory, one after another as a stream without end, and out of it again. In a page of the host's memory the writer notes
 what comes next, so many bytes of the stream or one lent parcel and where it lies, and the reader how far it is. All
 these counts only grow.
+
+Opening and closing memory takes longer than copying it. Of parcels that stay where they are from transfer to transfer
+the reader keeps it open. Memory must not be freed while somebody has it open, so the writer holds on to such parcels
+until the reader has let go: at the end of the first transfer without them.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ ALIGNMENT = 512
 _NUM_NOTES = 2048
 _LENT_PER_BURST = 32  # the next burst's memory is opened while those of the last one are copied
 _NUM_BURSTS = 2  # of a reader
-_NOTE = struct.Struct(f"<QQ{HANDLE_BYTES}s")
-"""What comes next. In the stream: how many bytes, and zeros. Lent: 0, where in the allocation, and its handle."""
+_NOTE = struct.Struct(f"<QQQ{HANDLE_BYTES}s")
+"""What comes next. In the stream: how many bytes, and zeros. Lent: 0, if it stays, where in the allocation, handle."""
 
 _WORDS_PER_LINE = 16  # two cache lines of 8-byte words: the two ends never write to the same one
 _WRITTEN, _READ, _WRITER_LEFT, _READER_LEFT = (index * _WORDS_PER_LINE for index in range(4))
@@ -72,14 +76,14 @@ class Signals:
     def __setitem__(self, word: int, value: int) -> None:
         self._words[word] = value
 
-    def note(self, number: int) -> tuple[int, int, bytes]:
-        """Return the bytes of the stream, or 0 and the offset and handle of a lent parcel."""
-        count, offset, handle = _NOTE.unpack_from(self._page, _FIRST_NOTE + number % _NUM_NOTES * _NOTE.size)
-        return count, offset, handle
+    def note(self, number: int) -> tuple[int, bool, int, bytes]:
+        """Return the bytes of the stream, or 0, and whether it stays, the offset and the handle of a lent parcel."""
+        count, stays, offset, handle = _NOTE.unpack_from(self._page, _FIRST_NOTE + number % _NUM_NOTES * _NOTE.size)
+        return count, bool(stays), offset, handle
 
-    def set_note(self, number: int, count: int, offset: int = 0, handle: bytes = b"") -> None:
+    def set_note(self, number: int, count: int, stays: bool = False, offset: int = 0, handle: bytes = b"") -> None:
         """Write what `note` returns. It means something once the number of those written says so."""
-        _NOTE.pack_into(self._page, _FIRST_NOTE + number % _NUM_NOTES * _NOTE.size, count, offset, handle)
+        _NOTE.pack_into(self._page, _FIRST_NOTE + number % _NUM_NOTES * _NOTE.size, count, stays, offset, handle)
 
 
 @dataclass(slots=True)
@@ -103,15 +107,17 @@ class Piece:
     Args:
         tensor: What it carries.
         batch: Its call.
+        stays: Whether it will lie there in later transfers too.
 
     Attributes:
         lent: If the reader is to copy it from where it lies: the allocation's handle, and where it begins in there.
     """
 
-    __slots__ = ("address", "batch", "lent", "memory", "num_bytes", "num_done", "tensor")
+    __slots__ = ("address", "batch", "lent", "memory", "num_bytes", "num_done", "stays", "tensor")
 
-    def __init__(self, tensor: torch.Tensor, batch: Batch) -> None:
+    def __init__(self, tensor: torch.Tensor, batch: Batch, *, stays: bool = False) -> None:
         self.lent: tuple[bytes, int] | None = None
+        self.stays = stays
         self.tensor = tensor  # stays alive until it is copied
         self.batch = batch
         self.address = tensor.data_ptr()
@@ -226,6 +232,8 @@ class RingWriter(RingEnd):
         super().__init__(peer=peer, memory=memory, address=address, num_bytes=num_bytes, signals=signals)
         self._queued_bytes = 0  # for the ring, with the padding between parcels
         self._lent: deque[tuple[int, Piece]] = deque()  # with the number of its note, oldest first
+        # Of this transfer and the last two: the reader ends each one, and lets go, after we have ended it.
+        self._kept: deque[list[torch.Tensor]] = deque([[]], maxlen=3)
 
     def add(self, piece: Piece) -> None:
         """Put a parcel at the end of the queue, lent if it can be."""
@@ -233,10 +241,16 @@ class RingWriter(RingEnd):
         super().add(piece)
         if piece.lent is None:
             self._queued_bytes += _round_up(piece.num_bytes)
+        elif piece.stays:
+            self._kept[-1].append(piece.tensor)
 
     def is_idle(self) -> bool:
         """Whether all was written and read."""
         return super().is_idle() and not self._lent and self.signals[_READ] == self._position
+
+    def end_transfer(self) -> None:
+        """Say that a whole transfer is over."""
+        self._kept.append([])
 
     def peer_left(self) -> bool:
         """Whether the reader closed its end."""
@@ -273,7 +287,7 @@ class RingWriter(RingEnd):
             piece = self._queue[0]
             if piece.lent is not None:
                 handle, offset = piece.lent
-                self.signals.set_note(self._num_notes, 0, offset, handle)
+                self.signals.set_note(self._num_notes, 0, piece.stays, offset, handle)
                 self._lent.append((self._num_notes, piece))
                 self._queue.popleft()
                 _come_after(batches, piece)
@@ -299,6 +313,8 @@ class RingReader(RingEnd):
     def __init__(self, *, peer: int, memory: SharedMemory, address: int, num_bytes: int, signals: Signals) -> None:
         super().__init__(peer=peer, memory=memory, address=address, num_bytes=num_bytes, signals=signals)
         self._opened: dict[bytes, int] = {}
+        self._kept: dict[bytes, int] = {}
+        self._missed: set[bytes] = set()  # of those kept open, what this transfer had no use for yet
         self._end = 0  # of the stream, as far as the notes say that were taken up
 
     def peer_left(self) -> bool:
@@ -309,8 +325,20 @@ class RingReader(RingEnd):
         """Tell the writer that nobody reads any more."""
         self.signals[_READER_LEFT] = 1
 
+    def end_transfer(self) -> None:
+        """Say that a whole transfer is over, and let go of memory that was kept open and is not used any more."""
+        for handle in self._missed:
+            self._memory.shut(self._kept.pop(handle))
+        self._missed = set(self._kept)
+
     def shut(self) -> None:
-        """Let go of the memory that was lent."""
+        """Let go of all memory that was lent."""
+        self._shut_passing()
+        while self._kept:
+            self._memory.shut(self._kept.popitem()[1])
+        self._missed.clear()
+
+    def _shut_passing(self) -> None:
         while self._opened:
             self._memory.shut(self._opened.popitem()[1])
 
@@ -320,7 +348,7 @@ class RingReader(RingEnd):
         if burst := self._passed():
             if self.is_idle():
                 # Before the writer hears that all was read: from then on it may give its memory back.
-                self.shut()
+                self._shut_passing()
             self.signals[_READ] = burst.position
             self.signals[_NOTES_READ] = burst.num_notes
             progress = True
@@ -336,11 +364,12 @@ class RingReader(RingEnd):
             if self._position == self._end:
                 if self._num_notes == last_note:
                     break
-                count, offset, handle = self.signals.note(self._num_notes)
+                count, stays, offset, handle = self.signals.note(self._num_notes)
                 self._num_notes += 1
                 if not count:
                     piece = self._queue.popleft()
-                    copies.add(piece.address, self._open(handle) + offset, piece.num_bytes, (piece.memory, handle))
+                    source = self._open(handle, stays) + offset
+                    copies.add(piece.address, source, piece.num_bytes, (piece.memory, handle))
                     _come_after(batches, piece)
                     finished.append(piece)
                     continue
@@ -351,10 +380,17 @@ class RingReader(RingEnd):
         self._begin(copies, batches, finished, self._num_notes - (self._position < self._end))
         return True
 
-    def _open(self, handle: bytes) -> int:
-        if handle not in self._opened:
-            self._opened[handle] = self._memory.open_handle(handle)
-        return self._opened[handle]
+    def _open(self, handle: bytes, stays: bool) -> int:
+        if stays:
+            self._missed.discard(handle)
+            if handle in self._opened:
+                self._kept[handle] = self._opened.pop(handle)
+        for known in (self._kept, self._opened):
+            if handle in known:
+                return known[handle]
+        address = self._memory.open_handle(handle)
+        (self._kept if stays else self._opened)[handle] = address
+        return address
 
 
 def _come_after(batches: list[Batch], piece: Piece) -> None:
