@@ -31,7 +31,8 @@ from shoal import GRPOConfig
 from shoal.bench.shapes import SHAPES, qwen3_config, shape_name
 from shoal.bench.step import FSDP2_ENVIRONMENT
 from shoal.bench.step_report import step_flops
-from shoal.bench.step_settings import StepSettings, make_dataset, reward, trainer_arguments
+from shoal.bench.step_run import StepRun, trainer_arguments
+from shoal.bench.step_settings import StepSettings, make_dataset, reward
 from shoal.observe.summary import versions
 from shoal.placement.gpu_kinds import find_gpu_kind
 from shoal.testing import tiny_tokenizer
@@ -113,7 +114,7 @@ def main() -> None:
 
 
 def _train(settings: StepSettings, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    values = trainer_arguments(settings, folder / "out") | {
+    values = trainer_arguments(StepRun(parts=(settings,)), folder / "out") | {
         "per_device_train_batch_size": settings.completions_per_rank,
         "max_tokens_per_micro_batch": settings.max_tokens_per_micro_batch,
         "vllm_devices": "colocate" if settings.device == "cuda" else "cpu",

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from shoal.bench.launch import run_to_end, with_ranks
 from shoal.bench.shapes import SHAPES
 from shoal.bench.step_child import StepTimes
 from shoal.bench.step_report import StepReport, architecture_of, measured_from, step_flops
+from shoal.bench.step_run import StepRun
 from shoal.bench.step_settings import StepSettings, check_step, make_dataset, reward, write_model
 from shoal.bench.step_shoal import FixedWorkTrainer, shoal_config
-from shoal.bench.step_trl import trl_arguments
-from shoal.bench.step_trl_server import server_command, why_not_trl
 from shoal.errors import ConfigError
 from shoal.testing.trainer import ReferenceTrainer
 
@@ -30,6 +29,7 @@ CPU = StepSettings(
     model_shape="tiny", device="cpu", num_prompts=2, num_generations=2, prompt_tokens=8, completion_tokens=20,
     is_ragged=True, steps=2, warmup_steps=1, trl_micro_batch=2,
 )  # fmt: skip
+RUN = StepRun(parts=(replace(CPU, is_ragged=False, completion_tokens=12), CPU))
 CUDA = StepSettings(model_shape="qwen3-1.4b", device="cuda")
 
 
@@ -58,10 +58,10 @@ def test_every_completion_is_written_to_its_length_whatever_would_end_it(tmp_pat
     trainer: Any = _ReferenceFixedWork(
         model=str(tmp_path / "model"),
         reward_funcs=reward,
-        args=shoal_config(CPU, tmp_path / "run"),
+        args=shoal_config(RUN, tmp_path / "run"),
         train_dataset=make_dataset(CPU),
     )
-    trainer.bench, trainer.times = CPU, StepTimes()
+    trainer.bench, trainer.times = RUN, StepTimes()
     seen: list[list[int]] = []
     judge = trainer._judge.compare
 
@@ -71,25 +71,42 @@ def test_every_completion_is_written_to_its_length_whatever_would_end_it(tmp_pat
 
     trainer._judge.compare = compare
     trainer.train()
-    assert seen == [CPU.lengths(index) for index in range(3)]
+    assert seen == [[12] * 4] * 3 + [CPU.lengths(index) for index in range(3)]
     assert trainer.times.tokens == [sum(lengths) for lengths in seen]
 
 
-def test_shoals_process_writes_down_every_step_and_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shoals_process_writes_down_each_step_and_phase_as_soon_as_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    write = StepTimes.write
+
+    def count(times: StepTimes, path: Path) -> None:
+        write(times, path)
+        found = json.loads(path.read_text())
+        assert {len(seconds) for seconds in found["phases"].values()} == {len(found["step_s"])}
+        written.append(len(found["step_s"]))
+
     write_model(CPU, tmp_path / "model")
+    monkeypatch.setattr(StepTimes, "write", count)
     monkeypatch.setattr(step_shoal, "FixedWorkTrainer", _ReferenceFixedWork)
-    monkeypatch.setattr("sys.argv", ["step_shoal", str(tmp_path / "answer.json"), str(tmp_path), CPU.to_json()])
+    monkeypatch.setattr("sys.argv", ["step_shoal", str(tmp_path / "answer.json"), str(tmp_path), RUN.to_json()])
     step_shoal.main()
-    found = measured_from(CPU, json.loads((tmp_path / "answer.json").read_text()), device_peak_bytes=0)
-    assert list(found.tokens) == [sum(CPU.lengths(index)) for index in (1, 2)]
-    assert len(found.samples) == CPU.steps and found.peak_bytes > 1 << 20
-    assert set(found.phases) == {"generate", "train", "publish"}
-    shares = [
-        sum(samples[index] for samples in found.phase_samples.values()) / seconds
-        for index, seconds in enumerate(found.samples)
-    ]
-    assert all(0 < share <= 1 for share in shares)
-    assert max(shares) > 0.5  # not of each step: a machine with other work may halt between two phases
+    assert sorted(set(written)) == [1, 2, 3, 4, 5, 6]
+    data = json.loads((tmp_path / "answer.json").read_text())
+    fixed, ragged = (measured_from(RUN, index, data, device_peak_bytes=0) for index in (0, 1))
+    assert fixed is not None and ragged is not None
+    assert list(fixed.tokens) == [48, 48]
+    assert list(ragged.tokens) == [sum(CPU.lengths(index)) for index in (1, 2)]
+    for found in (fixed, ragged):
+        assert len(found.samples) == CPU.steps and found.peak_bytes > 1 << 20
+        assert set(found.phases) == {"generate", "train", "publish"}
+        shares = [
+            sum(samples[index] for samples in found.phase_samples.values()) / seconds
+            for index, seconds in enumerate(found.samples)
+        ]
+        assert all(0 < share <= 1 for share in shares)
+        assert max(shares) > 0.5  # not of each step: a machine with other work may halt between two phases
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -98,7 +115,8 @@ def test_both_trainers_are_run_stored_and_compared_or_missed_with_the_reason(
 ) -> None:
     def stand_in(module: str, words: list[str], num_ranks: int) -> list[str]:
         seconds = 2.0 if module.endswith("shoal") else 5.0
-        answer = {"step_s": [9.0] + [seconds] * 2, "phases": {"train": [1.0] * 3}, "tokens": [40] * 3, "peak_bytes": 1,
+        answer = {"step_s": [9.0] + [seconds] * 2, "phases": {"train": [1.0] * 3}, "tokens": [40] * 3,
+                  "peak_bytes": [1] * 3,
                   "notes": []}  # fmt: skip
         write = f"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text({json.dumps(answer)!r})"
         return [sys.executable, "-c", "raise SystemExit('it broke')" if fails else write, *words]
@@ -106,7 +124,8 @@ def test_both_trainers_are_run_stored_and_compared_or_missed_with_the_reason(
     monkeypatch.setattr(step, "with_ranks", stand_in)
     monkeypatch.setattr(step, "why_not_trl", lambda settings: None)
     output = tmp_path / "out" / "step.json"
-    assert step.run_step_bench(CPU, (), output=output, skip_trl=False, timeout_s=60) is not fails
+    run = StepRun(parts=(CPU,))
+    assert step.run_step_bench(run, (), output=output, skip_trl=False, timeout_s=60) is not fails
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == json.loads(output.read_text())
     if fails:
@@ -122,43 +141,25 @@ def test_medians_leave_the_warm_up_out_and_the_ratio_is_trl_over_shoal() -> None
         "step_s": [90.0, 50.0, 4.0, 6.0, 5.0],
         "phases": {"generate": [9.0, 9.0, 1.0, 3.0, 2.0], "train": [9.0, 9.0, 3.0, 2.0, 2.5]},
         "tokens": [1, 1, 100, 100, 100],
-        "peak_bytes": 7,
+        "peak_bytes": [5, 7, 6, 6, 6],
         "notes": [],
     }
     theirs = ours | {"step_s": [0.0, 0.0, 15.0, 14.0, 16.0]}
-    report = StepReport(settings=settings, device_names=["NVIDIA H100 80GB HBM3"])
-    report.shoal = measured_from(settings, ours, device_peak_bytes=9)
-    report.trl = measured_from(settings, theirs, device_peak_bytes=9)
+    run = StepRun(parts=(settings,))
+    report = StepReport(settings=settings, device_names=["NVIDIA H100 80GB HBM3"], path=Path("unused"))
+    report.take("shoal", measured_from(run, 0, ours, device_peak_bytes=9), "")
+    report.take("trl", measured_from(run, 0, theirs, device_peak_bytes=9), "")
     data = report.to_dict()
     assert (data["step_s"], data["trl_step_s"], data["ratio_to_trl"]) == (5.0, 15.0, 3.0)
     assert data["phases"] == {"generate": 2.0, "train": 2.5}
+    assert data["peak_bytes"] == 7 and data["reasons"] == {}
     assert data["tokens_per_s"] == 20.0 and data["layout"] == "dedicated"
     assert data["mfu"] == pytest.approx(step_flops(settings) / 2.5 / 989e12)
     assert json.loads(json.dumps(data)) == data
-    unknown = StepReport(settings=settings, device_names=["CPU"], shoal=report.shoal)
+    unknown = StepReport(
+        settings=settings, device_names=["CPU"], path=Path("unused"), found={"shoal": report.found["shoal"]}
+    )
     assert unknown.to_dict()["mfu"] is None and unknown.to_dict()["ratio_to_trl"] is None
-
-
-def test_both_trainers_train_on_the_same_completions_of_a_step() -> None:
-    settings = replace(CUDA, num_ranks=2, layout="colocated", num_engines=2)
-    theirs = trl_arguments(settings, Path("run"), "")
-    assert theirs["per_device_train_batch_size"] * theirs["gradient_accumulation_steps"] * 2 == settings.num_completions
-    assert theirs["vllm_mode"] == "colocate" and theirs["generation_kwargs"] == {"ignore_eos": True}
-    served = trl_arguments(CUDA, Path("run"), "http://127.0.0.1:1")
-    assert served["vllm_mode"] == "server" and served["vllm_server_base_url"] == "http://127.0.0.1:1"
-    command = server_command(replace(CUDA, tensor_parallel_size=2), Path("model"), 1)
-    assert command[command.index("--tensor_parallel_size") + 1] == "2"
-    assert trl_arguments(CPU, Path("run"), "")["generation_kwargs"] == {"min_new_tokens": 20}
-
-
-def test_trl_is_left_out_with_the_reason_where_it_cannot_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert why_not_trl(CUDA) == "TRL is not installed"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert why_not_trl(CUDA) is None
-    assert "no" in str(why_not_trl(CPU))
-    assert "one server" in str(why_not_trl(replace(CUDA, num_engines=2)))
-    assert "all ranks" in str(why_not_trl(replace(CUDA, layout="colocated", num_ranks=2)))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,9 @@ def test_trl_is_left_out_with_the_reason_where_it_cannot_do_the_same(monkeypatch
     [
         ({}, 1, "2 GPUs are needed"),
         ({"layout": "colocated", "num_engines": 2}, 1, "2 GPUs are needed"),
-        ({"completion_tokens": 4096}, 2, "do not fit into the 2048"),
+        ({"completion_tokens": 4096}, 2, r"do not fit into the 2048 .* at most --tokens 1984"),
+        ({"completion_tokens": 4096, "is_ragged": True}, 2, "at most --ragged-tokens 1984"),
+        ({"completion_tokens": 15, "is_ragged": True}, 2, "--ragged-tokens 15 is too few. Give at least 16"),
         ({"num_ranks": 3}, 4, "do not divide by 3 trainer processes"),
         ({"num_generations": 1}, 2, "nothing to compare"),
         ({"steps": 0}, 2, "steps=0"),
@@ -208,11 +211,11 @@ def test_several_ranks_are_started_through_torchrun() -> None:
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
-def test_a_run_on_cpus_ends_with_its_figures(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_a_run_on_cpus_ends_with_the_figures_of_both_parts(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     if not pytestconfig.getoption("--bench-engines"):
         pytest.skip("starts an engine for what is tried above with the exact one; run with --bench-engines")
-    words = "bench step --device cpu --model-shape tiny --prompts 2 --samples 2 --prompt-tokens 8 --tokens 16 "
-    words += "--steps 2 --warmup-steps 1 --trl-micro-batch 2 --skip-trl"
+    words = "bench step --device cpu --model-shape tiny --prompts 2 --samples 2 --prompt-tokens 8 --lengths both "
+    words += "--tokens 12 --ragged-tokens 20 --steps 2 --warmup-steps 1 --trl-micro-batch 2 --skip-trl"
     output = tmp_path / "out" / "step.json"
     done = subprocess.run(
         [sys.executable, "-m", "shoal", *words.split(), "--output", str(output)],
@@ -222,10 +225,12 @@ def test_a_run_on_cpus_ends_with_its_figures(tmp_path: Path, pytestconfig: pytes
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    last = json.loads(done.stdout.splitlines()[-1])
-    assert last == json.loads(output.read_text())
-    assert last["shoal"]["tokens"] == [64, 64]
-    assert set(last["phases"]) == {"generate", "train", "publish"}
-    assert sum(last["phases"].values()) <= last["step_s"] * 1.5
-    assert last["reasons"] == {"trl": "left out (--skip-trl)"} and last["mfu"] is None
-    assert last["peak_bytes"] > 1 << 20
+    for line, part in zip(done.stdout.splitlines()[-2:], RUN.parts, strict=True):
+        found = json.loads(line)
+        assert found == json.loads((output.parent / f"step-{part.lengths_name}.json").read_text())
+        assert found["settings"] == asdict(part)
+        assert found["shoal"]["tokens"] == [sum(part.lengths(index)) for index in (1, 2)]
+        assert set(found["phases"]) == {"generate", "train", "publish"}
+        assert sum(found["phases"].values()) <= found["step_s"] * 1.5
+        assert found["reasons"] == {"trl": "left out (--skip-trl)"} and found["mfu"] is None
+        assert found["peak_bytes"] > 1 << 20

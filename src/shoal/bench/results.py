@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from shoal.bench.settings import BenchSettings
+from shoal.observe.files import replace_file
 from shoal.observe.summary import versions
 from shoal.types import PublishReport
 
@@ -107,13 +108,12 @@ def default_path(settings: BenchSettings) -> Path:
 
 
 def store(path: Path, data: Mapping[str, Any]) -> None:
-    """Write the results.
+    """Write the results; whatever ends this process meanwhile, the file is the old one or the new one.
 
     Raises:
         OSError: They cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    replace_file(path, lambda part: part.write_text(json.dumps(data, indent=2) + "\n"))
 
 
 def header() -> str:

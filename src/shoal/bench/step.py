@@ -1,7 +1,7 @@
 """`shoal bench step`: the same steps in Shoal and in TRL, one after the other on the same devices.
 
 Each trainer has processes of its own, so that what one took is free for the other. What fails leaves its figures empty,
-with the reason.
+or those of the steps that it did, with the reason.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from shoal.bench.children import StageError
+from shoal.bench.end_request import EndRequest
 from shoal.bench.launch import run_to_end, with_ranks
 from shoal.bench.memory import MemoryWatch, Probe, resident, used_on_gpus
 from shoal.bench.results import store
-from shoal.bench.step_report import Measured, StepReport, default_path, measured_from
+from shoal.bench.step_progress import StepProgress
+from shoal.bench.step_report import StepReport, Trainer, result_paths
+from shoal.bench.step_run import StepRun
 from shoal.bench.step_settings import StepSettings, write_model
 from shoal.bench.step_trl_server import trl_server, why_not_trl
 from shoal.engines.command import LOOPBACK, without_launcher_variables
@@ -38,97 +41,118 @@ FSDP2_ENVIRONMENT = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where both trainers run.
+
+    Attributes:
+        folder: Of the model, the logs and what the processes write down.
+        devices: The GPUs of the layout.
+        environment: Of the processes.
+        timeout_s: For each trainer.
+        request: Tells when all is to end.
+    """
+
+    folder: Path
+    devices: Sequence[Device]
+    environment: Mapping[str, str]
+    timeout_s: float
+    request: EndRequest
+
+
 def run_step_bench(
-    settings: StepSettings,
-    devices: Sequence[Device],
-    *,
-    output: Path | None,
-    skip_trl: bool,
-    timeout_s: float = TIMEOUT_S,
+    run: StepRun, devices: Sequence[Device], *, output: Path | None, skip_trl: bool, timeout_s: float = TIMEOUT_S
 ) -> bool:
-    """Measure, print and store.
+    """Measure, print and store; what a trainer has done is in the results after each of its steps.
 
     Args:
-        settings: What is measured.
+        run: What is measured.
         devices: The GPUs that this process may use.
-        output: Where the results go; None for the usual place.
+        output: Where the results go (`result_paths`); None for the usual place.
         skip_trl: Leave TRL out.
         timeout_s: For each trainer.
 
     Returns:
-        Whether Shoal gave figures.
+        Whether Shoal gave all its figures, and nobody told the benchmark to end.
     """
     folder = Path(tempfile.mkdtemp(prefix="shoal-bench-step-"))
-    used = tuple(devices[: settings.num_gpus])
-    report = StepReport(settings=settings, device_names=[device.name for device in used] or ["CPU"])
-    _say(report.headline())
-    write_model(settings, folder / "model")
-    environment = _environment(settings, used)
-    path = output or default_path(settings)
-    _run_shoal(report, folder, used, environment, timeout_s)
-    store(path, report.to_dict())  # kept if what follows hangs
-    reason = "left out (--skip-trl)" if skip_trl else why_not_trl(settings)
-    if reason is None:
-        _run_trl(report, folder, used, environment, timeout_s)
-    else:
-        report.reasons["trl"] = reason
-        _say(f"no TRL: {reason}")
-    data = report.to_dict()
-    store(path, data)
-    _say(f"stored in {path}")
-    if report.shoal is not None:
+    used = tuple(devices[: run.common.num_gpus])
+    names = [device.name for device in used] or ["CPU"]
+    reports = [
+        StepReport(settings=part, device_names=names, path=path)
+        for part, path in zip(run.parts, result_paths(run, output), strict=True)
+    ]
+    for report in reports:
+        _say(report.headline())
+    write_model(run.common, folder / "model")
+    environment = _environment(run.common, used)
+    with EndRequest() as request:
+        place = _Place(folder=folder, devices=used, environment=environment, timeout_s=timeout_s, request=request)
+        _measure("shoal", reports, place)
+        able = [report for report in reports if _can_have_trl(report, request, skip_trl=skip_trl)]
+        if able:
+            visible = {device.index: device.visible_id for device in used}
+            with trl_server(_run_of(able), folder, visible) as url:
+                _measure("trl", able, place, *([url] if url else []))
+    is_done = request.reason is None and not any("shoal" in report.reasons for report in reports)
+    if is_done:
         shutil.rmtree(folder, ignore_errors=True)
     else:
         _say(f"the logs are in {folder}")
-    _say(json.dumps(data))
-    return report.shoal is not None
+    _finish(reports)
+    return is_done
 
 
-def _run_shoal(
-    report: StepReport, folder: Path, devices: Sequence[Device], environment: dict[str, str], timeout_s: float
-) -> None:
-    try:
-        report.shoal = _run(report.settings, folder, "shoal", [], devices, environment, timeout_s)
-    except StageError as error:
-        report.reasons["shoal"] = str(error)
-        _say(f"no Shoal: {error}")
-        return
-    _say(report.lines("Shoal", report.shoal))
+def _can_have_trl(report: StepReport, request: EndRequest, *, skip_trl: bool) -> bool:
+    """Return whether TRL is measured too; say why if not."""
+    reason = "left out (--skip-trl)" if skip_trl else request.reason or why_not_trl(report.settings)
+    if reason is None:
+        return True
+    report.take("trl", None, reason)
+    _say(report.lines("trl"))
+    return False
 
 
-def _run_trl(
-    report: StepReport, folder: Path, devices: Sequence[Device], environment: dict[str, str], timeout_s: float
-) -> None:
-    visible = {device.index: device.visible_id for device in devices}
-    try:
-        with trl_server(report.settings, folder, visible) as url:
-            report.trl = _run(report.settings, folder, "trl", [url] if url else [], devices, environment, timeout_s)
-    except StageError as error:
-        report.reasons["trl"] = str(error)
-        _say(f"no TRL: {error}")
-        return
-    _say(report.lines("TRL", report.trl))
+def _measure(trainer: Trainer, reports: Sequence[StepReport], place: _Place, *words: str) -> None:
+    """Run a trainer through the parts of these reports, and store and print its figures."""
+    run, answer = _run_of(reports), place.folder / f"{trainer}.json"
+    words = (str(answer), str(place.folder), run.to_json(), *words)
+    command = with_ranks(f"shoal.bench.step_{trainer}", words, run.common.num_ranks)
+    failure = None
+    with MemoryWatch(_probe(place.devices)) as watch:
+        progress = StepProgress(trainer, reports, answer, lambda: watch.extra_bytes)
+
+        def meanwhile() -> None:
+            place.request.raise_if_told()
+            progress.look()
+
+        try:
+            run_to_end(
+                command,
+                place.folder / f"{trainer}.log",
+                timeout_s=place.timeout_s,
+                environment=place.environment,
+                meanwhile=meanwhile,
+            )
+        except StageError as error:
+            failure = str(error)
+    progress.end(failure)
+    for report in reports:
+        _say(report.lines(trainer))
 
 
-def _run(
-    settings: StepSettings,
-    folder: Path,
-    trainer: str,
-    more: Sequence[str],
-    devices: Sequence[Device],
-    environment: dict[str, str],
-    timeout_s: float,
-) -> Measured:
-    answer = folder / f"{trainer}.json"
-    words = [str(answer), str(folder), settings.to_json(), *more]
-    command = with_ranks(f"shoal.bench.step_{trainer}", words, settings.num_ranks)
-    with MemoryWatch(_probe(devices)) as watch:
-        run_to_end(command, folder / f"{trainer}.log", timeout_s=timeout_s, environment=environment)
-    try:
-        data: dict[str, Any] = json.loads(answer.read_text())
-    except (OSError, ValueError) as error:
-        raise StageError(f"it left no figures ({error})") from None
-    return measured_from(settings, data, device_peak_bytes=watch.extra_bytes)
+def _finish(reports: Sequence[StepReport]) -> None:
+    """Store and print the results, those of the last part last."""
+    found = [report.to_dict() for report in reports]
+    for report, data in zip(reports, found, strict=True):
+        store(report.path, data)
+        _say(f"stored in {report.path}")
+    for data in found:
+        _say(json.dumps(data))
+
+
+def _run_of(reports: Sequence[StepReport]) -> StepRun:
+    return StepRun(parts=tuple(report.settings for report in reports))
 
 
 def _probe(devices: Sequence[Device]) -> Probe:

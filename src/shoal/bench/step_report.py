@@ -8,15 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from shoal.bench.shapes import SHAPES, ModelShape
+from shoal.bench.step_run import StepRun
 from shoal.bench.step_settings import StepSettings
 from shoal.observe.summary import versions
 from shoal.placement.architecture import Architecture, architecture_from_config
 from shoal.placement.gpu_kinds import find_gpu_kind
 
+Trainer: TypeAlias = Literal["shoal", "trl"]
+
 _GIB = 1 << 30
+_TITLES: Mapping[Trainer, str] = {"shoal": "Shoal", "trl": "TRL"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +33,9 @@ class Measured:
         samples: The seconds of every measured step.
         phase_samples: The same by phase.
         tokens: Completion tokens of every measured step.
-        peak_bytes: Most that torch held on the first trainer's GPU (resident memory on CPUs).
-        device_peak_bytes: Most that was used on the fullest GPU, by all processes, beyond what was used before.
+        peak_bytes: Most that torch held on the first trainer's GPU in the part (resident memory on CPUs).
+        device_peak_bytes: Most that was used on the fullest GPU, by all processes, beyond what was used before the
+            trainer started: until the part's end, so that of a second part holds that of the first.
         notes: What should be known about it.
     """
 
@@ -44,22 +49,39 @@ class Measured:
     notes: Sequence[str]
 
 
-def measured_from(settings: StepSettings, data: Mapping[str, Any], *, device_peak_bytes: int) -> Measured:
-    """Leave the warm-up out of what a trainer wrote down, and take medians."""
+def measured_from(run: StepRun, index: int, data: Mapping[str, Any], *, device_peak_bytes: int) -> Measured | None:
+    """Leave all but a part's measured steps out of what a trainer wrote down, and take medians.
+
+    Args:
+        run: What the trainer does.
+        index: Of the part.
+        data: Of all the trainer's steps so far.
+        device_peak_bytes: Most that was used so far.
+
+    Returns:
+        The figures of the steps that were measured; None if none was.
+    """
+    settings, begin = run.parts[index], run.begins[index]
 
     def kept(values: Sequence[Any]) -> list[Any]:
-        return list(values[settings.warmup_steps : settings.warmup_steps + settings.steps])
+        return list(values[begin + settings.warmup_steps : begin + settings.num_steps])
 
+    if not kept(data["step_s"]):
+        return None
     phases = {name: kept(seconds) for name, seconds in data["phases"].items()}
+    notes = list(data["notes"])
+    if len(run.parts) > 1:
+        room = f"with room for completions of {run.longest_completion} tokens"
+        notes.append(f"part {index + 1} of {len(run.parts)} measured in one start of the trainer, {room}")
     return Measured(
         step_s=statistics.median(kept(data["step_s"])),
         phases={name: statistics.median(seconds) for name, seconds in phases.items() if seconds},
         samples=kept(data["step_s"]),
         phase_samples=phases,
         tokens=kept(data["tokens"]),
-        peak_bytes=int(data["peak_bytes"]),
+        peak_bytes=max(data["peak_bytes"][begin : begin + settings.num_steps]),
         device_peak_bytes=device_peak_bytes,
-        notes=list(data["notes"]),
+        notes=notes,
     )
 
 
@@ -80,15 +102,16 @@ def architecture_of(shape: ModelShape) -> Architecture:
     )
 
 
-def step_flops(settings: StepSettings, *, trains_matrices: bool = True) -> float:
+def step_flops(settings: StepSettings, *, num_steps: int | None = None, trains_matrices: bool = True) -> float:
     """Return the operations of one step's training, recomputation not counted: the mean over the measured steps.
 
     Args:
         settings: What is done.
+        num_steps: Only so many of the measured steps, the first; None for all.
         trains_matrices: Not so beside an adapter.
     """
     model = architecture_of(SHAPES[settings.model_shape])
-    steps = range(settings.warmup_steps, settings.warmup_steps + settings.steps)
+    steps = range(settings.warmup_steps, settings.warmup_steps + (num_steps or settings.steps))
     total = 0.0
     for step in steps:
         lengths = [settings.prompt_tokens + length for length in settings.lengths(step)]
@@ -99,21 +122,36 @@ def step_flops(settings: StepSettings, *, trains_matrices: bool = True) -> float
 
 @dataclass(slots=True, kw_only=True)
 class StepReport:
-    """Filled in trainer by trainer.
+    """Filled in trainer by trainer, of one part.
 
     Attributes:
         settings: What was measured.
         device_names: Of the GPUs, or the CPU.
-        shoal: Shoal's figures.
-        trl: TRL's.
-        reasons: Why figures are missing, by trainer.
+        path: Where it is stored.
+        found: The figures, by trainer.
+        reasons: Why figures are missing or are of fewer steps, by trainer.
     """
 
     settings: StepSettings
     device_names: Sequence[str]
-    shoal: Measured | None = None
-    trl: Measured | None = None
-    reasons: dict[str, str] = field(default_factory=dict)
+    path: Path
+    found: dict[Trainer, Measured] = field(default_factory=dict)
+    reasons: dict[Trainer, str] = field(default_factory=dict)
+
+    def is_complete(self, trainer: Trainer) -> bool:
+        """Return whether every step of a trainer was measured."""
+        found = self.found.get(trainer)
+        return found is not None and len(found.samples) == self.settings.steps
+
+    def take(self, trainer: Trainer, found: Measured | None, reason: str) -> None:
+        """Note a trainer's figures so far, and why they are not of all steps if they are not."""
+        if found is not None:
+            self.found[trainer] = found
+            reason = f"only {len(found.samples)} of {self.settings.steps} steps were measured: {reason}"
+        if self.is_complete(trainer):
+            self.reasons.pop(trainer, None)
+        else:
+            self.reasons[trainer] = reason
 
     def headline(self) -> str:
         """Say what is done."""
@@ -128,18 +166,22 @@ class StepReport:
             f"{settings.warmup_steps}"
         )
 
-    def lines(self, name: str, found: Measured) -> str:
-        """Write one trainer's figures."""
+    def lines(self, trainer: Trainer) -> str:
+        """Write one trainer's figures, or why there are none."""
+        found, reason = self.found.get(trainer), self.reasons.get(trainer)
+        title = f"{_TITLES[trainer]}, {self.settings.lengths_name}"
+        if found is None:
+            return f"no {title}: {reason}"
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in found.phases.items())
         mfu = self.mfu(found)
         share = "not known for this device" if mfu is None else f"{mfu:.1%}"
         return "\n".join(
             [
-                f"{name:<6} {found.step_s:8.2f} s a step ({phases})",
-                f"{'':<6} {self.tokens_per_s(found):8,.0f} completion tokens/s; MFU of the training part {share}; "
+                f"{title:<13} {found.step_s:8.2f} s a step ({phases})",
+                f"{'':<13} {self.tokens_per_s(found):8,.0f} completion tokens/s; MFU of the training part {share}; "
                 f"peak memory {found.peak_bytes / _GIB:.2f} GiB of the trainer, {found.device_peak_bytes / _GIB:.2f} "
                 "GiB in all",
-                *(f"{'':<6} {note}" for note in found.notes),
+                *(f"{'':<13} {note}" for note in [*found.notes, *([reason] if reason else [])]),
             ]
         )
 
@@ -152,11 +194,12 @@ class StepReport:
         kind = find_gpu_kind(self.device_names[0])
         if kind is None or "train" not in found.phases:
             return None
-        return step_flops(self.settings) / (found.phases["train"] * self.settings.num_ranks * kind.flops)
+        flops = step_flops(self.settings, num_steps=len(found.samples))
+        return flops / (found.phases["train"] * self.settings.num_ranks * kind.flops)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, of plain JSON types."""
-        ours, theirs = self.shoal, self.trl
+        ours, theirs = self.found.get("shoal"), self.found.get("trl")
         return {
             "benchmark": "step",
             "layout": self.settings.layout,
@@ -183,10 +226,20 @@ class StepReport:
         }
 
 
-def default_path(settings: StepSettings) -> Path:
-    """Return where the results go unless the user says otherwise."""
+def result_paths(run: StepRun, output: Path | None) -> list[Path]:
+    """Return where the results of each part go.
+
+    Args:
+        run: The parts.
+        output: What the user says: the file of the only part, or what those of several differ from by the lengths'
+            name; None for the usual place.
+    """
+    if output is not None:
+        several = len(run.parts) > 1
+        return [output.with_stem(f"{output.stem}-{part.lengths_name}") if several else output for part in run.parts]
     date = datetime.now(UTC).date().isoformat()
-    return Path("benchmarks/results") / f"{date}-{settings.device}-step" / f"{settings.name}.json"
+    folder = Path("benchmarks/results") / f"{date}-{run.common.device}-step"
+    return [folder / f"{part.name}.json" for part in run.parts]
 
 
 def _trl_version() -> dict[str, str]:

@@ -1,9 +1,8 @@
-"""What one run of the step benchmark does: the same steps for every trainer."""
+"""What a part of the step benchmark does: the same steps for every trainer."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -67,6 +66,11 @@ class StepSettings:
     seed: int = 0
 
     @property
+    def num_steps(self) -> int:
+        """Of the part, warm-up included."""
+        return self.warmup_steps + self.steps
+
+    @property
     def num_completions(self) -> int:
         """Of one step."""
         return self.num_prompts * self.num_generations
@@ -90,30 +94,28 @@ class StepSettings:
         return 0 if self.device == "cpu" else max(self.num_ranks, 1 + max(self.engine_devices))
 
     @property
+    def lengths_name(self) -> str:
+        """How the completions' lengths are."""
+        return "ragged" if self.is_ragged else "fixed"
+
+    @property
     def name(self) -> str:
         """Of the work and the layout, fit for a file's name."""
-        lengths = "ragged" if self.is_ragged else "fixed"
         sharding = f"-{self.sharding}" if self.num_ranks > 1 else ""
         engines = f"{self.num_engines}xtp{self.tensor_parallel_size}"
         layout = f"{self.layout}-{self.num_ranks}{sharding}-to-{engines}-{self.device}"
-        return f"step-{self.model_shape}-{lengths}-{layout}"
+        return f"step-{self.model_shape}-{self.lengths_name}-{layout}"
 
     def lengths(self, step: int) -> list[int]:
-        """Return the tokens of every completion of a step, by its place in the batch: the same for every trainer."""
+        """Return the tokens of every completion of one of the part's steps, by its place in the batch.
+
+        They are the same for every trainer, and whatever was measured before the part.
+        """
         if not self.is_ragged:
             return [self.completion_tokens] * self.num_completions
         random = np.random.default_rng([self.seed, step])
         lengths = random.integers(SHORTEST_TOKENS, self.completion_tokens + 1, self.num_completions)
         return [int(length) for length in lengths]
-
-    def to_json(self) -> str:
-        """Serialise; `from_json` is the inverse."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> StepSettings:
-        """Parse what `to_json` wrote."""
-        return cls(**json.loads(text))
 
 
 def check_step(settings: StepSettings, num_gpus: int) -> None:
@@ -127,14 +129,15 @@ def check_step(settings: StepSettings, num_gpus: int) -> None:
             raise ConfigError(f"{name}={getattr(settings, name)} leaves nothing to measure. Give at least 1.")
     if settings.num_generations < 2:
         raise ConfigError(f"num_generations={settings.num_generations} leaves nothing to compare. Give at least 2.")
-    fewest = SHORTEST_TOKENS if settings.is_ragged else 1
+    option, fewest = ("--ragged-tokens", SHORTEST_TOKENS) if settings.is_ragged else ("--tokens", 1)
     if settings.completion_tokens < fewest:
-        raise ConfigError(f"completion_tokens={settings.completion_tokens} is too few. Give at least {fewest}.")
-    longest, room = settings.prompt_tokens + settings.completion_tokens, SHAPES[settings.model_shape].max_tokens
-    if longest > room:
+        raise ConfigError(f"{option} {settings.completion_tokens} is too few. Give at least {fewest}.")
+    room = SHAPES[settings.model_shape].max_tokens
+    if settings.prompt_tokens + settings.completion_tokens > room:
         raise ConfigError(
-            f"prompts of {settings.prompt_tokens} and completions of {settings.completion_tokens} tokens do not fit "
-            f"into the {room} of {settings.model_shape}. Give fewer."
+            f"prompts of {settings.prompt_tokens} and completions of {settings.completion_tokens} tokens "
+            f"({settings.lengths_name} lengths, {option}) do not fit into the {room} of {settings.model_shape}. Give "
+            f"at most {option} {room - settings.prompt_tokens}, or shorter prompts (--prompt-tokens)."
         )
     per_forward = settings.num_ranks * settings.trl_micro_batch
     if settings.num_completions % settings.num_ranks or settings.num_completions % per_forward:
@@ -183,25 +186,3 @@ def make_dataset(settings: StepSettings) -> Any:
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """Return rewards that differ within a group, so that there is a gradient."""
     return [sum(ids) % 97 / 97 for ids in completion_ids]
-
-
-def trainer_arguments(settings: StepSettings, output_dir: Path) -> dict[str, Any]:
-    """Return the settings that Shoal and TRL have in common."""
-    return {
-        "output_dir": str(output_dir),
-        "max_steps": settings.warmup_steps + settings.steps,
-        "num_generations": settings.num_generations,
-        "max_completion_length": settings.completion_tokens,
-        "learning_rate": 1e-6,
-        "lr_scheduler_type": "constant",
-        "gradient_checkpointing": settings.checkpoints,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": settings.seed,
-        "beta": 0.0,
-        "use_cpu": settings.device == "cpu",
-        "bf16": settings.device == "cuda",
-        "model_init_kwargs": {"dtype": "float32"},
-        "disable_tqdm": True,
-    }

@@ -1,4 +1,4 @@
-"""Shoal's half of the step benchmark: `python -m shoal.bench.step_shoal ANSWER FOLDER SETTINGS`, on every rank."""
+"""Shoal's half of the step benchmark: `python -m shoal.bench.step_shoal ANSWER FOLDER RUN`, on every rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from shoal import GRPOConfig, GRPOTrainer
 from shoal.algorithm.seeds import sample_seed
 from shoal.bench.step_child import StepClock, StepTimes
-from shoal.bench.step_settings import StepSettings, make_dataset, reward, trainer_arguments
+from shoal.bench.step_run import StepRun, trainer_arguments
+from shoal.bench.step_settings import StepSettings, make_dataset, reward
 from shoal.errors import ConfigError
 from shoal.rollout.collector import GroupRequest
 from shoal.types import Prompt, SamplingSettings, ScoredGroup
@@ -22,7 +23,7 @@ _ROLLOUT_TIMEOUT_S = 1800.0
 class FixedWorkTrainer(GRPOTrainer):
     """Has every completion written to the length that the settings say, whatever the model would end it with."""
 
-    bench: StepSettings
+    bench: StepRun
     times: StepTimes
 
     def score(
@@ -31,30 +32,30 @@ class FixedWorkTrainer(GRPOTrainer):
         """Have prompts completed and judged."""
         rollouts, step = self.rollouts, self.state.global_step
         assert rollouts is not None, "engines run by the time that something is scored"
-        lengths = self.bench.lengths(step)
-        place = {prompt.row: index * num_generations for index, prompt in enumerate(prompts)}
+        place = self.bench.place(step)
+        lengths, most = place.lengths, place.part.completion_tokens
+        index = {prompt.row: number * num_generations for number, prompt in enumerate(prompts)}
         request = GroupRequest(
             prompts=tuple(prompts),
             num_generations=num_generations,
-            sampling=SamplingSettings(
-                temperature=temperature, max_tokens=self.args.max_completion_length, stop_token_ids=()
-            ),
+            sampling=SamplingSettings(temperature=temperature, max_tokens=most, stop_token_ids=()),
             seed=lambda prompt, sample: sample_seed(self.args.seed, seed_step, prompt.row, sample),
             step=step,
-            max_tokens=lambda prompt, sample: lengths[place[prompt.row] + sample],
+            max_tokens=lambda prompt, sample: lengths[index[prompt.row] + sample],
         )
         groups = rollouts.collect(request, timeout_s=_ROLLOUT_TIMEOUT_S)
         self.times.tokens.append(sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts))
         return groups
 
 
-def shoal_config(settings: StepSettings, output_dir: Path) -> GRPOConfig:
+def shoal_config(run: StepRun, output_dir: Path) -> GRPOConfig:
     """Return the settings of the run.
 
     Raises:
         ConfigError: Engines are to sleep, and this version of Shoal cannot have them do so.
     """
-    values = trainer_arguments(settings, output_dir) | {
+    settings = run.common
+    values = trainer_arguments(run, output_dir) | {
         "per_device_train_batch_size": settings.completions_per_rank,
         "max_tokens_per_micro_batch": settings.max_tokens_per_micro_batch,
         "vllm_devices": _devices(settings),
@@ -72,26 +73,21 @@ def shoal_config(settings: StepSettings, output_dir: Path) -> GRPOConfig:
 
 
 def main() -> None:
-    """Train and write down the times."""
-    answer, folder, settings = Path(sys.argv[1]), Path(sys.argv[2]), StepSettings.from_json(sys.argv[3])
+    """Train, the times written down after every step."""
+    answer, folder, run = Path(sys.argv[1]), Path(sys.argv[2]), StepRun.from_json(sys.argv[3])
     times = StepTimes()
     trainer: Any = FixedWorkTrainer(
         model=str(folder / "model"),
         reward_funcs=reward,
-        args=shoal_config(settings, folder / "shoal"),
-        train_dataset=make_dataset(settings),
+        args=shoal_config(run, folder / "shoal"),
+        train_dataset=make_dataset(run.common),
     )
-    trainer.bench, trainer.times = settings, times
-    trainer.add_callback(StepClock(times, trainer.args.device))
+    trainer.bench, trainer.times = run, times
+    trainer.add_callback(StepClock(times, trainer.args.device, answer))
     try:
         trainer.train()
     finally:
         trainer.close()
-    for entry in trainer.state.log_history:
-        for name in ("generate", "train", "publish"):
-            if f"seconds/{name}" in entry:
-                times.phase(name, entry[f"seconds/{name}"])
-    times.write(answer, trainer.args.device)
 
 
 def _devices(settings: StepSettings) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shoal.bench.process_group import end_group
+from shoal.bench.step_run import StepRun
 from shoal.bench.step_settings import StepSettings
 from shoal.engines.command import LOOPBACK, without_launcher_variables
 from shoal.engines.process import choose_ports
@@ -19,7 +20,7 @@ SERVER_TIMEOUT_S = 900.0
 
 
 def why_not_trl(settings: StepSettings) -> str | None:
-    """Return why TRL cannot do the same work, or None if it can."""
+    """Return why TRL cannot do the same work in a part, or None if it can."""
     if importlib.util.find_spec("trl") is None:
         return "TRL is not installed"
     if settings.device == "cpu":
@@ -35,8 +36,9 @@ def why_not_trl(settings: StepSettings) -> str | None:
     return None
 
 
-def server_command(settings: StepSettings, model: Path, port: int) -> list[str]:
+def server_command(run: StepRun, model: Path, port: int) -> list[str]:
     """Return what TRL 1.16 starts for its server mode."""
+    settings = run.common
     return [
         sys.executable, "-m", "trl.scripts.vllm_serve",
         "--model", str(model),
@@ -44,14 +46,15 @@ def server_command(settings: StepSettings, model: Path, port: int) -> list[str]:
         "--port", str(port),
         "--tensor_parallel_size", str(settings.tensor_parallel_size),
         "--gpu_memory_utilization", str(settings.gpu_memory_utilization or 0.9),
-        "--max_model_len", str(settings.prompt_tokens + settings.completion_tokens),
+        "--max_model_len", str(settings.prompt_tokens + run.longest_completion),
         "--dtype", "bfloat16",
     ]  # fmt: skip
 
 
 @contextmanager
-def trl_server(settings: StepSettings, folder: Path, visible_ids: Mapping[int, str]) -> Iterator[str]:
+def trl_server(run: StepRun, folder: Path, visible_ids: Mapping[int, str]) -> Iterator[str]:
     """Run the server where the layout needs one; give its URL, or an empty text. TRL itself waits until it is ready."""
+    settings = run.common
     if settings.device == "cpu" or settings.layout == "colocated":
         yield ""
         return
@@ -62,7 +65,7 @@ def trl_server(settings: StepSettings, folder: Path, visible_ids: Mapping[int, s
     }
     with (folder / "trl-server.log").open("wb") as log:
         server = subprocess.Popen(
-            server_command(settings, folder / "model", port),
+            server_command(run, folder / "model", port),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

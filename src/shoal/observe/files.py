@@ -42,7 +42,7 @@ def encodable(text: str, *, encoding: str = "utf-8") -> str:
     return text.encode(encoding, errors="replace").decode(encoding)
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make a file beside `path` and move it there, so that no reader ever sees half of it.
 
     Raises:
