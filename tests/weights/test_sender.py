@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -152,6 +153,47 @@ def test_what_is_contiguous_and_of_the_engines_type_is_sent_from_where_it_lies()
     assert lies_in(rows, TENSORS["a"]) and torch.equal(rows, ROWS)
     assert not lies_in(cast, TENSORS["b"]) and torch.equal(cast, TENSORS["b"].bfloat16())
     assert not lies_in(columns, TENSORS["c"]) and torch.equal(columns, COLUMNS) and columns.is_contiguous()
+
+
+class Still(Rows):
+    """Gives the same tensor objects each time, until it is told to give others."""
+
+    def __init__(self) -> None:
+        super().__init__(names_in_place=TENSORS)
+        self.flat = {name: value.flatten().clone() for name, value in TENSORS.items()}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.flat.items()
+
+
+def test_what_lies_still_is_sent_as_the_same_parcels_with_its_present_values() -> None:
+    wire, source = Wire("e", [frozenset()]), Still()
+    sender = sender_of(
+        [wire], [source], plans=(plan(("a", ROWS, "float32"), ("b", TENSORS["b"], "float32")),), batch_bytes=96
+    )
+    reports = []
+    for _ in range(3):
+        reports.append(send(sender))
+        source.flat["a"][4:] += 1
+    first, second, third = (wire.sent[start : start + 2] for start in (0, 2, 4))
+    assert all(map(operator.is_, first, second)) and all(map(operator.is_, first, third))
+    assert all(parcel.stays for parcel in first)
+    source.flat["a"] = source.flat["a"].clone()
+    reports.append(send(sender))
+    moved, kept = wire.sent[6:]
+    assert moved is not first[0] and kept is first[1] and lies_in(moved.tensor, source.flat["a"])
+    assert len({unsigned(report.digests)[0] for report in reports}) == 4
+    assert unsigned(reports[-1].digests) == [digest(source.flat["a"][4:20]), digest(source.flat["b"])]
+
+
+def test_what_is_made_for_sending_does_not_stay() -> None:
+    wire, source = Wire("e", [frozenset()]), Still()
+    sender = sender_of(
+        [wire], [source], plans=(plan(("b", TENSORS["b"], "bfloat16"), ("c", COLUMNS, "float32")),), batch_bytes=96
+    )
+    for _ in range(2):
+        send(sender)
+    assert len({id(parcel) for parcel in wire.sent}) == 4 and not any(parcel.stays for parcel in wire.sent)
 
 
 @pytest.mark.parametrize("batch_bytes", [8, 50, 1 << 20])

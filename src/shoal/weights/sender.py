@@ -2,62 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 
-from shoal.protocols import Parcel, Pending, WeightSource, WeightTransport
-from shoal.types import Interval
+from shoal.protocols import Parcel, Pending, WeightSource
+from shoal.weights.batch import Batch, Contents, Line, Piece, draw_batches, piece_of
 from shoal.wire.agreement import Verify
-from shoal.wire.digest import RepeatedDigests, Run
+from shoal.wire.digest import DigestPlan, RepeatedDigests
 from shoal.wire.liveness import GoneError, LateError, patience_left
-from shoal.wire.plan import Region, Slice, SlicePlan, dtype_from_name
-from shoal.wire.schedule import Holdings, Ownership, Part, assign, batches, messages, num_ahead, run_within
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A region of a parameter in an engine's type: what one digest is about."""
-
-    source: str
-    region: Region
-    dtype: str
-
-
-def piece_of(item: Slice) -> Piece:
-    """Return what a slice of a plan is filled with."""
-    return Piece(item.source, item.source_region, item.dtype)
-
-
-class Line(Protocol):
-    """What a sender needs of the line to one engine."""
-
-    @property
-    def name(self) -> str:
-        """Of the engine."""
-        ...
-
-    @property
-    def transport(self) -> WeightTransport:
-        """What carries tensors to it."""
-        ...
-
-    @property
-    def preferred(self) -> Sequence[frozenset[int]]:
-        """For each worker, the ranks that send whatever they hold."""
-        ...
-
-    def close(self) -> None:
-        """Leave it."""
-        ...
-
-    def member(self, worker: int) -> int:
-        """Return a worker's number in the transport's group."""
-        ...
+from shoal.wire.plan import SlicePlan, dtype_from_name
+from shoal.wire.schedule import Holdings, num_ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +48,6 @@ class SendReport:
     lost: Mapping[str, Loss]
     mismatches: Mapping[str, tuple[str, ...]]
     num_bytes: int
-
-
-@dataclass(slots=True)
-class _Batch:
-    """What this rank does for one batch; made once.
-
-    Attributes:
-        names: Parameters of the batch.
-        is_in_place: Whether its tensors are views of the parameters, as far as was seen.
-        loads: Tensors to be made: a region of a parameter in a type.
-        parcels: For each line, which of them go to which member of its group.
-        runs: Which of them are digested: beginning with which element of what.
-        digests: Computes these, unless the batch is in place.
-    """
-
-    names: tuple[str, ...]
-    is_in_place: bool = False
-    loads: list[Piece] = field(default_factory=list)
-    parcels: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
-    runs: list[tuple[int, int, int]] = field(default_factory=list)
-    digests: RepeatedDigests | None = None
 
 
 class WeightSender:
@@ -147,9 +85,8 @@ class WeightSender:
         self._device = device
         self._batch_bytes = batch_bytes
         self._held = holdings[rank]
-        self._names_in_place = source.in_place()
-        self.pieces, self._batches = _schedule(source, rank, holdings, lines, plans, batch_bytes)
-        self._in_place_digests = RepeatedDigests(len(self.pieces), device)
+        self.pieces, self._batches = draw_batches(source, rank, holdings, lines, plans, batch_bytes)
+        self._in_place: tuple[list[Contents], DigestPlan] | None = None
         numbers = {piece: number for number, piece in enumerate(self.pieces)}
         self.slots = {
             plan.worker: tuple(numbers[piece_of(item)] for item in plan.slices) for workers in plans for plan in workers
@@ -184,8 +121,8 @@ class WeightSender:
         """
         return _Sending(self, lines, timeout_s, verify).run()
 
-    def loaded(self) -> Iterator[tuple[_Batch, list[torch.Tensor]]]:
-        """Go through the source; yield each batch with its tensors."""
+    def loaded(self) -> Iterator[tuple[Batch, Contents]]:
+        """Go through the source; yield each batch with what it holds now."""
         stream = self._source.tensors()
         values: dict[str, torch.Tensor] = {}
         for batch in self._batches:
@@ -194,18 +131,18 @@ class WeightSender:
             while wanted not in values:
                 name, value = next(stream)
                 values[name] = value
-            tensors = [self._load(load, values[load.source]) for load in batch.loads]
-            batch.is_in_place = batch.is_in_place or self._lie_still(batch, tensors, values)
-            yield batch, tensors
+            yield batch, batch.contents([values[name] for name in batch.names], self._load)
         # To the end: what follows the last parameter that an engine wants may be a collective.
         for _ in stream:
             pass
 
-    def _lie_still(self, batch: _Batch, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor]) -> bool:
-        return self._names_in_place.issuperset(batch.names) and all(
-            tensor.numel() == 0 or _address(tensor) == _address(values[load.source])
-            for load, tensor in zip(batch.loads, tensors, strict=True)
-        )
+    def digests_in_place(self, contents: list[Contents]) -> torch.Tensor:
+        """Return `[pieces]` int64, this rank's shares of the digests of batches that lie in place."""
+        known = self._in_place
+        if known is None or len(known[0]) != len(contents) or not all(map(operator.is_, known[0], contents)):
+            runs = [run for of_batch in contents for run in of_batch.runs]
+            known = self._in_place = contents, DigestPlan(runs, len(self.pieces), self._device)
+        return known[1].compute()
 
     def _load(self, load: Piece, held: torch.Tensor) -> torch.Tensor:
         view = load.region.view(held, first=self._held[load.source].start)
@@ -227,23 +164,22 @@ class _Sending:
     def run(self) -> SendReport:
         sender = self._sender
         shares = torch.zeros(len(sender.pieces), dtype=torch.int64, device=sender._device)
-        under_way: deque[tuple[_Batch, list[torch.Tensor], dict[int, Pending]]] = deque()
-        in_place: list[Run] = []
-        for batch, tensors in sender.loaded():
-            pending = self._post(batch, tensors)
+        under_way: deque[tuple[Batch, Contents, dict[int, Pending]]] = deque()
+        in_place: list[Contents] = []
+        for batch, contents in sender.loaded():
+            pending = self._post(contents)
             if self._verify != "off":
-                runs = [Run(tensors[load], start, slot) for load, start, slot in batch.runs]
-                if batch.is_in_place:
-                    in_place += runs  # a digest now would hold up what is to carry the next batch
+                if contents.is_in_place:
+                    in_place.append(contents)  # a digest now would hold up what is to carry the next batch
                 else:
                     if batch.digests is None:
                         batch.digests = RepeatedDigests(len(sender.pieces), sender._device)
-                    shares += batch.digests.compute(runs)
-            under_way.append((batch, tensors, pending))
-            while len(under_way) > num_ahead(in_place=batch.is_in_place, goes_back=self._verify == "full"):
+                    shares += batch.digests.compute(contents.runs)
+            under_way.append((batch, contents, pending))
+            while len(under_way) > num_ahead(in_place=contents.is_in_place, goes_back=self._verify == "full"):
                 self._settle(*under_way.popleft())
         if in_place:
-            shares += sender._in_place_digests.compute(in_place)
+            shares += sender.digests_in_place(in_place)
         for sent in under_way:
             self._settle(*sent)
         last_sent = time.monotonic()
@@ -251,32 +187,30 @@ class _Sending:
             self._guarded(index, lambda line: line.transport.finish(patience_left(last_sent, self._timeout_s)))
         return SendReport(digests=shares.cpu(), lost=self._lost, mismatches=self._mismatches, num_bytes=self._num_bytes)
 
-    def _post(self, batch: _Batch, tensors: list[torch.Tensor]) -> dict[int, Pending]:
+    def _post(self, contents: Contents) -> dict[int, Pending]:
         pending: dict[int, Pending] = {}
         for index in tuple(self._live):
-            parcels = [
-                Parcel(tensors[load], member, stays=batch.is_in_place) for load, member in batch.parcels.get(index, ())
-            ]
+            parcels = contents.parcels.get(index)
             if not parcels:
                 continue
             self._num_bytes += sum(parcel.tensor.nbytes for parcel in parcels)
 
-            def post(line: Line, index: int = index, parcels: list[Parcel] = parcels) -> None:
+            def post(line: Line, index: int = index, parcels: Sequence[Parcel] = parcels) -> None:
                 pending[index] = line.transport.send(parcels)
 
             self._guarded(index, post)
         return pending
 
-    def _settle(self, batch: _Batch, tensors: list[torch.Tensor], pending: dict[int, Pending]) -> None:
+    def _settle(self, batch: Batch, contents: Contents, pending: dict[int, Pending]) -> None:
         """Wait until a batch is sent, so that its scratch can be used again; compare what comes back, if asked to."""
         for index, sent in pending.items():
             if index in self._live:
                 self._guarded(index, lambda line, sent=sent: sent.wait())  # type: ignore[misc]
             if index in self._live and self._verify == "full":
-                self._guarded(index, lambda line, index=index: self._compare(line, batch, tensors, index))  # type: ignore[misc]
+                self._guarded(index, lambda line, index=index: self._compare(line, batch, contents, index))  # type: ignore[misc]
 
-    def _compare(self, line: Line, batch: _Batch, tensors: list[torch.Tensor], index: int) -> None:
-        parcels = batch.parcels[index]
+    def _compare(self, line: Line, batch: Batch, contents: Contents, index: int) -> None:
+        parcels, tensors = batch.parcels[index], contents.tensors
         echoes = [Parcel(torch.empty_like(tensors[load]), member) for load, member in parcels]
         line.transport.receive(echoes).wait()
         for (load, _), echo in zip(parcels, echoes, strict=True):
@@ -294,68 +228,6 @@ class _Sending:
             self._lost[line.name] = Loss(f"{type(error).__name__}: {error}", members)
             self._live.remove(index)
             line.close()
-
-
-def _schedule(
-    source: WeightSource,
-    rank: int,
-    holdings: Sequence[Holdings],
-    lines: Sequence[Line],
-    plans: Sequence[Sequence[SlicePlan]],
-    batch_bytes: int,
-) -> tuple[tuple[Piece, ...], list[_Batch]]:
-    """Work out what this rank loads, sends and digests, batch by batch."""
-    parameters = source.metadata()
-    slots: dict[Piece, int] = {}
-    by_source: dict[str, list[Piece]] = defaultdict(list)
-    for item in (item for workers in plans for plan in workers for item in plan.slices):
-        piece = piece_of(item)
-        if piece not in slots:
-            slots[piece] = len(slots)
-            by_source[piece.source].append(piece)
-    own = assign(parameters, holdings)
-    owners: dict[frozenset[int], Ownership] = {}
-    done = []
-    for parts in batches([meta for meta in parameters if meta.name in by_source], batch_bytes):
-        batch = _Batch(names=tuple(part.name for part in parts))
-        loads: dict[Piece, int] = {}
-
-        def load(piece: Piece, batch: _Batch = batch, loads: dict[Piece, int] = loads) -> int:
-            if piece not in loads:
-                loads[piece] = len(batch.loads)
-                batch.loads.append(piece)
-            return loads[piece]
-
-        for part in parts:
-            for piece in by_source[part.name]:
-                for start, box in _own_boxes(piece, own, part, rank):
-                    batch.runs.append((load(Piece(piece.source, box, piece.dtype)), start, slots[piece]))
-            for index, line in enumerate(lines):
-                for worker, plan in enumerate(plans[index]):
-                    preferred = line.preferred[worker]
-                    if preferred not in owners:
-                        owners[preferred] = assign(parameters, holdings, preferred)
-                    for message in messages(plan, owners[preferred], part):
-                        if message.rank == rank:
-                            piece = Piece(part.name, message.source, plan.slices[message.slice_index].dtype)
-                            batch.parcels[index].append((load(piece), line.member(worker)))
-        done.append(batch)
-    return tuple(slots), done
-
-
-def _own_boxes(piece: Piece, own: Ownership, part: Part, rank: int) -> Iterator[tuple[int, Region]]:
-    """Yield the boxes of a piece whose digest is this rank's to add, each with the number of its first element."""
-    for segment in own[part.name]:
-        if segment.rank == rank:
-            run: Interval = run_within(piece.region, segment.interval.overlap(part.interval), part.name)
-            start = run.start
-            for box in piece.region.boxes(run.start, run.stop):
-                yield start, box
-                start += box.num_elements
-
-
-def _address(value: torch.Tensor) -> int:
-    return value.untyped_storage().data_ptr()
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:

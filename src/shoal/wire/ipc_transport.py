@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,13 +22,13 @@ from shoal.wire.rendezvous import Store
 from shoal.wire.ring import ALIGNMENT, Batch, Piece, RingReader, RingWriter, Signals
 
 _LIVENESS_PERIOD_S = 0.2
-_NUM_SPINS = 500
-_SLEEP_S = 50e-6
+_GLANCE_S = 20e-6  # between two looks of a caller that waits
+_SLEEP_S = 200e-6  # of the thread, which would take the interpreter from callers that have other work
 _JOIN_S = 5.0
 
 
 class IpcTransport:
-    """Parcels through shared staging buffers, moved by one thread that serves all peers in turn.
+    """Parcels that all peers are served with in turn: by whoever calls, as far as it goes at once, and by a thread.
 
     Args:
         store: Where the members meet.
@@ -88,7 +88,7 @@ class IpcTransport:
     def finish(self, timeout_s: float) -> None:
         """Block until all that was started is done, at the receivers too."""
         with self._changed:
-            done = self._changed.wait_for(lambda: self._failure is not None or not self._busy(), timeout_s)
+            done = self._move_until(lambda: not self._busy(), timeout_s)
             if self._failure is not None:
                 raise self._failure
             if not done:
@@ -110,7 +110,7 @@ class IpcTransport:
         """Block until a batch is through."""
         with self._changed:
             patience_s = patience_left(batch.posted, self._timeout_s)
-            done = self._changed.wait_for(lambda: self._failure is not None or not batch.num_open, patience_s)
+            done = self._move_until(lambda: not batch.num_open, patience_s)
             if batch.num_open and self._failure is not None:
                 raise self._failure
             if not done:
@@ -152,36 +152,52 @@ class IpcTransport:
                 raise self._failure
             for parcel in filled:
                 ends[parcel.peer].add(Piece(parcel.tensor, batch, stays=parcel.stays))
+            self._move()
             self._changed.notify_all()
         return _IpcBatch(self, batch)
 
     def _run(self) -> None:
         """Move what can be moved, and look after the peers."""
-        num_idle, next_look = 0, 0.0
+        next_look = 0.0
         try:
             while True:
                 with self._changed:
                     if self._failure is not None:
                         return
-                    progress = [end.step() for end in self._ends()]
-                    if any(progress):
-                        self._changed.notify_all()
-                        num_idle = 0
-                        continue
+                    self._move()
                     busy = self._busy()
                     if not busy:
-                        self._changed.notify_all()
                         self._changed.wait(1.0)
-                        num_idle = 0
                         continue
                 if time.monotonic() >= next_look:
                     self._look_after(busy)
                     next_look = time.monotonic() + _LIVENESS_PERIOD_S
-                num_idle += 1
-                time.sleep(0 if num_idle < _NUM_SPINS else _SLEEP_S)
+                time.sleep(_SLEEP_S)
         except Exception as error:
             with self._changed:
                 self._fail(error)
+
+    def _move(self) -> bool:
+        """Do what can be done without waiting. Returns whether anything was. The lock must be held."""
+        try:
+            progress = [end.step() for end in self._ends()]
+            return any(progress)
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    def _move_until(self, is_done: Callable[[], bool], patience_s: float) -> bool:
+        """Move until something is so; return whether it came to be. Ends early with a failure. The lock must be held.
+
+        The caller does it itself: it would wait for milliseconds for the thread to get the interpreter in between.
+        """
+        deadline = time.monotonic() + patience_s
+        while self._failure is None and not is_done():
+            if not self._move():
+                if time.monotonic() >= deadline:
+                    return False
+                self._changed.wait(_GLANCE_S)
+        return is_done()
 
     def _look_after(self, busy: list[RingWriter | RingReader]) -> None:
         self._peers.check_alive({end.peer for end in busy})

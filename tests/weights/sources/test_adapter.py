@@ -45,6 +45,26 @@ def test_names_and_values_are_those_that_peft_saves_but_for_the_scaling(rslora: 
         assert torch.equal(sent[name], (value * scaling).reshape(-1)), name
 
 
+def test_the_copy_that_is_sent_stays_where_it_is_and_follows_the_adapter() -> None:
+    model = with_lora()
+    source = AdapterSource(model, wire_dtype=torch.bfloat16)
+    assert source.in_place() == {meta.name for meta in source.metadata()}
+    first = dict(source.tensors())
+    before = {name: value.clone() for name, value in first.items()}
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight.add_(1)
+    layer.lora_A["default"].weight.data = torch.full_like(layer.lora_A["default"].weight, 2.0)
+    second = dict(source.tensors())
+    assert all(second[name] is value for name, value in first.items())
+    prefix = "base_model.model.model.layers.1.self_attn.q_proj"
+    changed = [f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"]
+    assert [name for name, value in second.items() if not torch.equal(value, before[name])] == changed
+    assert torch.equal(second[changed[1]], (layer.lora_B["default"].weight * 1.5).bfloat16().reshape(-1))
+    layer.scaling["default"] = 1.0
+    assert torch.equal(dict(source.tensors())[changed[1]], layer.lora_B["default"].weight.bfloat16().reshape(-1))
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}])
 def test_the_written_folder_computes_what_the_model_computes_with_scaling_one(
     settings: dict[str, Any], tmp_path: Path

@@ -112,6 +112,29 @@ def test_a_change_of_the_model_is_seen_by_the_source() -> None:
     assert [name for name, value in source.tensors() if not torch.equal(value, before[name])] == ["model.norm.weight"]
 
 
+@pytest.mark.parametrize("change", ["data", "parameter", "storage"])
+def test_what_lies_still_is_the_same_tensor_and_what_moved_is_found_where_it_is_now(change: str) -> None:
+    model = tiny_model()
+    source = make_source(model)
+    first = dict(source.tensors())
+    assert all(value is first[name] for name, value in source.tensors())
+    norm = model.model.norm
+    moved = torch.full_like(norm.weight.data, 3.0)
+    if change == "data":
+        norm.weight.data = moved
+    elif change == "parameter":
+        norm.weight = nn.Parameter(moved)
+    else:
+        storage = norm.weight.untyped_storage()
+        storage.resize_(0)
+        storage.resize_(1 << 20)  # elsewhere, as it was larger than what was there
+        norm.weight.data.copy_(moved)
+    second = dict(source.tensors())
+    assert [name for name, value in second.items() if value is not first[name]] in (["model.norm.weight"], list(first))
+    assert torch.equal(second["model.norm.weight"], moved)
+    assert second["model.norm.weight"].data_ptr() == norm.weight.data_ptr()
+
+
 def test_wrappers_do_not_show_in_the_names(tmp_path: Path) -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

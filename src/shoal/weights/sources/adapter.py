@@ -21,7 +21,7 @@ from shoal.errors import ConfigError
 from shoal.types import Interval, ParameterMeta
 from shoal.weights.sources.shards import Value, WholeTensor, value_of
 from shoal.weights.sources.variables import unwrapped
-from shoal.wire.plan import dtype_name
+from shoal.wire.plan import dtype_from_name, dtype_name
 
 _PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
@@ -49,7 +49,8 @@ class _Factor:
 class AdapterSource:
     """The factors of a model's active LoRA adapter, named as in PEFT's `adapter_model.safetensors`.
 
-    Scratch: the adapter, in float32 and in the type sent; of a sharded model one factor at a time.
+    It keeps a copy of the adapter in the type sent. Scratch: the scaled factors in float32; of a sharded model one
+    factor at a time, and no copy is kept.
 
     Args:
         model: Of PEFT; sharded or not.
@@ -72,6 +73,10 @@ class AdapterSource:
             )
             for factor in self._factors()
         )
+        types = {meta.dtype for meta in self._metadata}
+        self._copy: _ScaledCopy | None = None
+        if len(types) == 1 and all(isinstance(factor.value, WholeTensor) for factor in self._factors()):
+            self._copy = _ScaledCopy([meta.name for meta in self._metadata], dtype_from_name(types.pop()))
         if not self._metadata:
             raise ConfigError(f"no layer of the model has the adapter {self._adapter!r}, so there is nothing to send.")
         self._held = {
@@ -87,10 +92,9 @@ class AdapterSource:
         return self._held
 
     def in_place(self) -> frozenset[str]:
-        """Name nothing: factors are scaled, and put together."""
-        return frozenset()
+        """Name all of an adapter of which a copy is kept: it lies where it lay, with other values."""
+        return frozenset() if self._copy is None else frozenset(meta.name for meta in self._metadata)
 
-    @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the current factors, flat, `lora_B` scaled.
 
@@ -99,11 +103,11 @@ class AdapterSource:
         """
         if _active_adapter(self._model) != self._adapter:
             raise ConfigError(f"the engines serve the adapter {self._adapter!r}, and another is active now")
-        factors = list(self._factors())
-        if all(isinstance(factor.value, WholeTensor) for factor in factors):
-            yield from _scaled_together(factors, self._wire_dtype)
+        if self._copy is not None:
+            _, weights, scalings = zip(*self._weights(), strict=True)
+            yield from self._copy.renew(weights, scalings)
             return
-        for factor in factors:
+        for factor in self._factors():
             yield factor.name, _scaled(factor, factor.value.local(), self._wire_dtype)
 
     @torch.no_grad()
@@ -113,12 +117,52 @@ class AdapterSource:
             yield factor.name, _scaled(factor, factor.value.whole(), self._wire_dtype)
 
     def _factors(self) -> Iterator[_Factor]:
+        for name, weight, scaling in self._weights():
+            yield _Factor(name, value_of(name, weight), scaling)
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor, float]]:
         for module in self._sharded:
             module.reshard()
         for path, layer in self._layers:
             for local, scaling in (("lora_A", 1.0), ("lora_B", float(layer.scaling[self._adapter]))):
-                name = f"{path}.{local}.weight"
-                yield _Factor(name, value_of(name, getattr(layer, local)[self._adapter].weight), scaling)
+                # What `getattr` finds, without its detours: there are hundreds.
+                weight = layer._modules[local]._modules[self._adapter]._parameters["weight"]
+                yield f"{path}.{local}.weight", weight, scaling
+
+
+class _ScaledCopy:
+    """All factors of an adapter that is whole here, scaled, one after the other in memory that is kept.
+
+    Args:
+        names: Of the factors.
+        dtype: In which they are sent.
+    """
+
+    def __init__(self, names: Sequence[str], dtype: torch.dtype) -> None:
+        self._names = tuple(names)
+        self._dtype = dtype
+        self._memory = torch.empty(0)
+        self._rooms: list[torch.Tensor] = []
+        self._sent: list[tuple[str, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def renew(self, weights: Sequence[torch.Tensor], scalings: Sequence[float]) -> list[tuple[str, torch.Tensor]]:
+        """Return the factors, flat, with a few kernels for all of them."""
+        values = list(weights)
+        scaled = [index for index, scaling in enumerate(scalings) if scaling != 1.0]
+        if scaled:
+            exact = [values[index].to(torch.float32) for index in scaled]
+            products = torch._foreach_mul(exact, [scalings[index] for index in scaled])
+            for index, product in zip(scaled, products, strict=True):
+                values[index] = product
+        if not self._sent or self._memory.device != values[0].device:
+            sizes = [value.numel() for value in values]
+            self._memory = torch.empty(sum(sizes), dtype=self._dtype, device=values[0].device)
+            parts = torch.split(self._memory, sizes)
+            self._rooms = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+            self._sent = list(zip(self._names, parts, strict=True))
+        torch._foreach_copy_(self._rooms, values)
+        return self._sent
 
 
 def write_adapter(model: nn.Module, folder: Path, *, write: bool = True) -> None:
@@ -177,30 +221,11 @@ def _adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]
                 yield path, layer
 
 
+@torch.no_grad()
 def _scaled(factor: _Factor, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if factor.scaling == 1.0:
         return value.to(dtype or value.dtype)
     return (value.to(torch.float32) * factor.scaling).to(dtype or value.dtype)
-
-
-def _scaled_together(factors: Sequence[_Factor], dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what `_scaled` makes of each factor, with a few kernels for all of them, into one piece of memory."""
-    values = [factor.value.local() for factor in factors]
-    scaled = [index for index, factor in enumerate(factors) if factor.scaling != 1.0]
-    if scaled:
-        exact = [values[index].to(torch.float32) for index in scaled]
-        products = torch._foreach_mul(exact, [factors[index].scaling for index in scaled])
-        for index, product in zip(scaled, products, strict=True):
-            values[index] = product
-    types = [dtype or factor.value.dtype for factor in factors]
-    if len(set(types)) > 1:
-        yield from ((factor.name, value.to(kind)) for factor, value, kind in zip(factors, values, types, strict=True))
-        return
-    sizes = [value.numel() for value in values]
-    memory = torch.empty(sum(sizes), dtype=types[0], device=values[0].device)
-    rooms = torch.split(memory, sizes)
-    torch._foreach_copy_(list(rooms), values)
-    yield from ((factor.name, room) for factor, room in zip(factors, rooms, strict=True))
 
 
 def _active_adapter(model: Any) -> str:

@@ -59,6 +59,8 @@ class ModelSource:
             for entry in self._layout[name]
         )
 
+        self._views: dict[str, tuple[Value, tuple[tuple[str, torch.Tensor], ...]]] = {}
+
     def in_place(self) -> frozenset[str]:
         """Name the parameters that go out as they lie."""
         return self._in_place
@@ -71,7 +73,6 @@ class ModelSource:
         """Return which elements of each parameter this rank has."""
         return self._held
 
-    @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the current values of what `held` names, flat.
 
@@ -85,7 +86,14 @@ class ModelSource:
             raise ConfigError(f"the model has changed since the engines were told of it: {changed[0]}")
         # In the order of `metadata`: PEFT reorders a layer's parameters when it computes with adapted ones.
         for name, entries in self._layout.items():
-            yield from _pieces(values[name], entries)
+            value = values[name]
+            if not (value.is_in_place and _are_runs(entries)):
+                yield from _pieces(value, entries)
+                continue
+            known = self._views.get(name)
+            if known is None or known[0] is not value:
+                known = self._views[name] = value, tuple(_pieces(value, entries))
+            yield from known[1]
 
 
 def _held(entry: Entry, value: Value) -> Interval:
@@ -102,6 +110,7 @@ def _are_runs(entries: tuple[Entry, ...]) -> bool:
     return all(entry.is_run for entry in entries)
 
 
+@torch.no_grad()
 def _pieces(value: Value, entries: tuple[Entry, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     if _are_runs(entries):
         local = value.local()

@@ -159,6 +159,15 @@ class FlatShard:
         return gathered[: self._num_elements].view(self.shape)
 
 
+def address_of(tensor: Any) -> int:
+    """Return where the elements that this rank holds of a parameter or buffer lie; 0 if it holds none."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    elif hasattr(tensor, "ds_id"):
+        tensor = tensor.ds_tensor
+    return int(tensor.data_ptr())
+
+
 def value_of(name: str, tensor: torch.Tensor) -> Value:
     """Return what this rank holds of a parameter or buffer.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from shoal.errors import ConfigError
 from shoal.weights.sources.lora import MergedTensor, adapters_of, check_mergeable, has_bias, uses_variant
 from shoal.weights.sources.quantised import DequantisedTensor, check_whole, is_quantised
-from shoal.weights.sources.shards import Value, value_of
+from shoal.weights.sources.shards import Value, address_of, value_of
 
 # Modules that only wrap another one, with their class's name (torch exports not all of them) and where that one is.
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "CheckpointWrapper": "_checkpoint_wrapped_module"}
@@ -87,7 +88,8 @@ class Variables:
         self._base_dtype = _base_dtype(core)
         self._merges = merges
         self._found: list[_Found] = []
-        self._tables: list[tuple[Mapping[str, Any], list[tuple[str, Any]]]] = []
+        self._values: dict[str, tuple[int, Value]] = {}
+        self._tables: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
         self._wrappers: list[tuple[Any, tuple[Any, ...]]] = []
         self._sharded: list[FSDPModule] = []
 
@@ -102,10 +104,11 @@ class Variables:
             module.reshard()
         if not self._found or not self._is_current():
             self._look()
-        return {item.name: self._value(item) for item in self._found}
+        return {item.name: self._known_value(item) for item in self._found}
 
     def _look(self) -> None:
         """Go through the model."""
+        self._values.clear()
         self._sharded = [module for module in self._core.modules() if isinstance(module, FSDPModule)]
         for module in self._sharded:
             module.reshard()
@@ -117,12 +120,12 @@ class Variables:
         tables = [
             table for module in self._core.modules() for table in (module._parameters, module._buffers, module._modules)
         ]
-        self._tables = [(table, list(table.items())) for table in tables]
+        self._tables = [(table, (*table, *table.values())) for table in tables]
 
     def _is_current(self) -> bool:
         """Whether every module still has the same parameters, buffers and modules, and every adapter its state."""
         return all(
-            len(table) == len(items) and all(table.get(name) is item for name, item in items)
+            2 * len(table) == len(items) and all(map(operator.is_, (*table, *table.values()), items))
             for table, items in self._tables
         ) and all(_adapter_state(wrapper) == state for wrapper, state in self._wrappers)
 
@@ -150,6 +153,17 @@ class Variables:
         for local, child in module._modules.items():
             if child is not None:
                 yield from self._walk(child, f"{prefix}.{local}" if prefix else local)
+
+    def _known_value(self, item: _Found) -> Value:
+        """Return the value of the last time if the parameter lies where it lay then."""
+        address = -1 if item.layers else address_of(item.tensor)
+        known = self._values.get(item.name)
+        if known is not None and known[0] == address:
+            return known[1]
+        value = self._value(item)
+        if address > 0 and value.is_in_place:
+            self._values[item.name] = address, value
+        return value
 
     def _value(self, item: _Found) -> Value:
         base: Value
