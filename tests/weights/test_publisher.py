@@ -27,6 +27,7 @@ from shoal.weights.group import EngineAddress, PublishSettings
 from shoal.weights.publisher import WeightPublisher
 from shoal.wire.agreement import ADAPTER, MODEL, Cargo, Verify
 from shoal.wire.plan import Region, Slice, SlicePlan, dtype_name
+from shoal.wire.schedule import Message
 
 pytestmark = pytest.mark.usefixtures("plain_modules")
 
@@ -541,15 +542,16 @@ def test_an_engine_that_comes_back_with_other_values_fails_its_proof_and_is_not_
     site.publish(1)
     with_ranks_left(site, "engine-0")
     engine = LoopbackEngine("engine-0", [Shard()])
-    finish = ParameterSink.finish
+    settle = ParameterSink.settle
 
-    def finish_wrongly(sink: ParameterSink) -> Any:
-        # Once, when everything is there: batches arrive in any order, and a bit flipped twice is as it was.
-        engine.workers[0].model.get_parameter("down.weight").data.view(torch.uint8).view(-1)[0] ^= 1
-        return finish(sink)
+    def settle_wrongly(sink: ParameterSink, message: Message) -> None:
+        # Once, in the piece that has just arrived: a bit flipped twice is as it was.
+        if sink._plan.slices[message.slice_index].target == "down.weight" and message.start == 0:
+            engine.workers[0].model.get_parameter("down.weight").data.view(torch.uint8).view(-1)[0] ^= 1
+        settle(sink, message)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ParameterSink, "finish", finish_wrongly)
+        patch.setattr(ParameterSink, "settle", settle_wrongly)
         first, second = site.come_back(0, engine, 1)
     assert isinstance(first, WeightProofError) and "down.weight" in str(first) and isinstance(second, WeightSyncError)
     assert engine.weight_version == UNPROVEN
