@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from shoal.data.micro_batch import build_micro_batch
 from shoal.trainer.step import (
     micro_batches_of_rank,
     objective_settings,
+    parts_of_rank,
     sampling_filters,
     skips_zero_advantages,
     spread,
@@ -111,6 +113,32 @@ def test_a_step_of_nothing_but_such_sequences_is_a_filler_on_every_rank() -> Non
             sequences, loss_type="dapo", rank=rank, num_ranks=2, max_tokens=99, skip_zero_advantages=True
         )
         assert filler.target_ids.tolist() == [0, 0, 0] and not filler.loss_weights.any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_step_on_a_batch_has_its_part_with_a_denominator_of_its_own(tmp_path: Path, masked: bool) -> None:
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        steps_per_generation=2,
+        loss_type="dapo",
+        skip_zero_advantages=False,
+    )
+    sequences = make_sequences([(1, length) for length in (1, 2, 3, 4, 5)], [masked] * 5)
+    parts = parts_of_rank(sequences, args, number=3, max_tokens=99)
+    written = [sorted(set(batch.target_ids.tolist())) for part in parts for batch in part.micro_batches]
+    assert sorted(map(len, written)) == [2, 3]
+    assert sorted(index for part in written for index in part) == [0, 1, 2, 3, 4]
+    for part in parts:
+        assert part.is_empty == masked
+        total = sum(float(batch.loss_weights.sum()) for batch in part.micro_batches)
+        assert total == pytest.approx(0.0 if masked else 1.0)
+    assert parts_of_rank(sequences, args, number=4, max_tokens=99)[0].micro_batches[0].target_ids.tolist() != (
+        parts[0].micro_batches[0].target_ids.tolist()
+    )  # another batch is divided otherwise
 
 
 @given(num_micro_batches=st.integers(1, 40), num_items=st.integers(1, 12))

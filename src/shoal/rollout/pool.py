@@ -7,8 +7,8 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 
 from shoal.errors import EngineFaultError, EngineRequestError, NoEngineError
@@ -16,8 +16,8 @@ from shoal.protocols import RolloutEngine
 from shoal.rollout.dispatch import Dispatcher, DispatchSettings, Move
 from shoal.rollout.health import Event, Health, State, after
 from shoal.rollout.parts import go_on, join
-from shoal.rollout.seats import PoolCounts, Seat, Ticket
-from shoal.rollout.tasks import gather_or_cancel
+from shoal.rollout.seats import EngineLoad, PoolCounts, Seat, Ticket
+from shoal.rollout.tasks import SharedTasks, gather_or_cancel
 from shoal.rollout.watch import EngineWatch
 from shoal.types import UNPROVEN, EngineReport, Rollout, RolloutRequest
 
@@ -29,25 +29,6 @@ _POLLS_PER_S = 64
 
 OnLost = Callable[[str, str], bool]
 """Told the name of an engine that was given up, and why; returns whether it is on its way back."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLoad:
-    """What an engine is doing and has done.
-
-    Attributes:
-        name: Of the engine.
-        state: Where it stands.
-        running: Samples under way.
-        done_samples: Samples finished since the start.
-        done_tokens: Completion tokens of those.
-    """
-
-    name: str
-    state: State
-    running: int
-    done_samples: int
-    done_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +80,7 @@ class EnginePool:
         self._prefix = secrets.token_hex(4)  # another trainer's requests may be on the same engine
         self._num_moves = self._num_lost = self._num_reissued = 0
         self._current_version = UNPROVEN
-        self._num_watchers = 0
-        self._watching: list[asyncio.Task[None]] = []
+        self._watching = SharedTasks(lambda: [*map(self._watch, range(len(self._seats))), self._balance()])
 
     # ---- samples ----
 
@@ -344,24 +324,9 @@ class EnginePool:
 
     # ---- watching ----
 
-    @asynccontextmanager
-    async def watching(self) -> AsyncIterator[None]:
+    def watching(self) -> AbstractAsyncContextManager[None]:
         """Ask the engines regularly how they are, for as long as the context lasts."""
-        self._num_watchers += 1
-        if self._num_watchers == 1:
-            work = [*(self._watch(index) for index in range(len(self._seats))), self._balance()]
-            self._watching = [asyncio.create_task(task) for task in work]
-        try:
-            yield
-        finally:
-            self._num_watchers -= 1
-            if self._num_watchers == 0:
-                tasks, self._watching = self._watching, []
-                for task in tasks:
-                    task.cancel()
-                ends = await asyncio.gather(*tasks, return_exceptions=True)
-                for error in (end for end in ends if isinstance(end, Exception)):
-                    raise error
+        return self._watching.running()
 
     async def _watch(self, index: int) -> None:
         """Look after one engine, whatever process it is."""

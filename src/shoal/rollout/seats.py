@@ -56,6 +56,25 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """What an engine is doing and has done.
+
+    Attributes:
+        name: Of the engine.
+        state: Where it stands.
+        running: Samples under way.
+        done_samples: Samples finished since the start.
+        done_tokens: Completion tokens of those.
+    """
+
+    name: str
+    state: State
+    running: int
+    done_samples: int
+    done_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolCounts:
     """What has gone wrong since the pool was made.
 

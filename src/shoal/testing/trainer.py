@@ -9,7 +9,8 @@ from shoal.engines.reference import ReferenceEngine
 from shoal.rollout.collector import GroupRequest, RolloutCollector
 from shoal.rollout.dispatch import DispatchSettings
 from shoal.rollout.loop_thread import LoopThread
-from shoal.rollout.pool import EngineLoad, EnginePool, PoolSettings
+from shoal.rollout.pool import EnginePool, PoolSettings
+from shoal.rollout.seats import EngineLoad
 from shoal.trainer.engine_side import Sources
 from shoal.trainer.factory import make_decoder
 from shoal.trainer.grpo_trainer import GRPOTrainer

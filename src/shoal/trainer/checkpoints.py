@@ -1,12 +1,17 @@
-"""Find the checkpoint to go on from, in a folder that a run may have been killed over."""
+"""The checkpoint to go on from: found in a folder that a run may have been killed over, or left as a run ends."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from shoal.errors import ConfigError
+from shoal.protocols import Ranks
+
+logger = logging.getLogger(__name__)
 
 _FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -39,3 +44,23 @@ def is_complete(folder: Path) -> bool:
         return isinstance(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         return False
+
+
+def save_last_step(output_dir: Path, step: int, ranks: Ranks, save: Callable[[], None]) -> None:
+    """Save a checkpoint of the last whole step if there is none, to go on from when the run can. A collective.
+
+    Args:
+        output_dir: Of the run.
+        step: Optimizer steps done; with none there is nothing to save.
+        ranks: The trainer's.
+        save: Writes `checkpoint-STEP`; on all ranks.
+    """
+    folder = output_dir / f"checkpoint-{step}"
+    if not ranks.json(lambda: step > 0 and not is_complete(folder)):
+        return
+    try:
+        save()
+    except OSError as error:  # a full disk must not hide why the run has ended
+        logger.error("The last step could not be saved: %s", error)
+    else:
+        logger.warning("Step %d is saved in %s: resume_from_checkpoint=True goes on from there.", step, folder)

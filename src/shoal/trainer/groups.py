@@ -118,6 +118,12 @@ def num_tokens(groups: abc.Sequence[ScoredGroup]) -> int:
     return sum(len(group.prompt.token_ids) + len(rollout.token_ids) for group in groups for rollout in group.rollouts)
 
 
+def speed_metrics(groups: abc.Sequence[ScoredGroup], seconds: float) -> dict[str, float]:
+    """Return how long the groups took to be written and rewarded, and how many completion tokens a second that is."""
+    num_completion_tokens = sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
+    return {"seconds/generate": seconds, "rollout/tokens_per_s": num_completion_tokens / seconds}
+
+
 def merge_logged(logged: abc.Sequence[tuple[str, float]]) -> dict[str, float]:
     """Average what reward functions logged with `log_metric`, by name."""
     values: dict[str, list[float]] = {}

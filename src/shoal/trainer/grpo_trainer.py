@@ -9,9 +9,7 @@ inherited.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,37 +25,18 @@ from shoal.algorithm.objective import grpo_objective
 from shoal.algorithm.seeds import sample_seed
 from shoal.config import GRPOConfig
 from shoal.data.prompts import PromptSource
-from shoal.data.schedule import PromptSchedule
 from shoal.engines.fleet import StartProgress
 from shoal.errors import ConfigError, NoEngineError
 from shoal.observe.ledger import TimeLedger
 from shoal.rollout.collector import GroupRequest
 from shoal.trainer.blocks import compile_blocks, compiles_blocks
-from shoal.trainer.checkpoints import is_complete, last_complete_checkpoint
-from shoal.trainer.checks import check_disk, longest_prompt
+from shoal.trainer.checkpoints import last_complete_checkpoint, save_last_step
 from shoal.trainer.engine_side import EngineSide, Sources
-from shoal.trainer.exchange import Exchange
-from shoal.trainer.factory import (
-    draw_blueprint,
-    make_publisher,
-    make_sources,
-    plan_placement,
-    start_rollouts,
-    write_engine_adapter,
-)
-from shoal.trainer.groups import num_tokens, training_sequences
-from shoal.trainer.held_batch import HeldBatch, Part, deal
-from shoal.trainer.judge import Judge
-from shoal.trainer.model import (
-    add_adapter,
-    context_length,
-    is_sharded,
-    load_policy,
-    load_tokenizer,
-    num_parameter_bytes,
-    read_config,
-    stop_token_ids,
-)
+from shoal.trainer.factory import draw_blueprint, make_publisher, make_sources, start_rollouts, write_engine_adapter
+from shoal.trainer.groups import num_tokens, speed_metrics, training_sequences
+from shoal.trainer.held_batch import HeldBatch, Part
+from shoal.trainer.inputs import check_inputs
+from shoal.trainer.model import is_sharded, load_policy, short_name, stop_token_ids
 from shoal.trainer.packing_limit import PackingLimit
 from shoal.trainer.policy_logprobs import PolicyLogprobs
 from shoal.trainer.progress import print_start_progress
@@ -71,22 +50,13 @@ from shoal.trainer.sharding import (
     gradient_exchange,
     whole_state_dict,
 )
-from shoal.trainer.shared_devices import SharedDevice, sleeps
-from shoal.trainer.step import (
-    micro_batches_of_rank,
-    objective_settings,
-    sampling_filters,
-    skips_zero_advantages,
-    spread,
-    to_device,
-    truncation,
-)
+from shoal.trainer.shared_devices import SharedDevice, share_device
+from shoal.trainer.step import objective_settings, parts_of_rank, sampling_filters, spread, to_device, truncation
+from shoal.trainer.step_callback import StepCallback
 from shoal.trainer.step_log import StepLog
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
 from shoal.types import Sequence as TrainingSequence
 from shoal.weights.publisher import WeightPublisher
-
-logger = logging.getLogger(__name__)
 
 _ROLLOUT_TIMEOUT_FACTOR = 10.0  # a step may take this many times as long as one completion
 
@@ -127,47 +97,25 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: Any = None,
     ) -> None:
-        args = args or GRPOConfig(output_dir=f"{_short_name(model)}-GRPO")
-        self._judge = Judge(reward_funcs, args)
-        if train_dataset is None:
-            raise ConfigError("train_dataset is missing. Pass a datasets.Dataset with a column `prompt`.")
-        tokenizer = processing_class or load_tokenizer(model, args)
-        self._exchange = Exchange(rank=args.process_index, world_size=args.world_size, device=args.device)
-        config = read_config(model, args)
-        self._plan = plan_placement(config, args)
-        max_prompt = longest_prompt(context_length(config), args.vllm_max_model_length, args.max_completion_length)
-        self._prompts = _prompt_source(train_dataset, tokenizer, max_prompt, args)
-        self._eval_prompts = (
-            _prompt_source(eval_dataset, tokenizer, max_prompt, args) if eval_dataset is not None else None
+        args = args or GRPOConfig(output_dir=f"{short_name(model)}-GRPO")
+        inputs = check_inputs(
+            model,
+            reward_funcs,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            tokenizer=processing_class,
+            peft_config=peft_config,
         )
-        self._schedule = PromptSchedule(
-            num_prompts=len(self._prompts),
-            prompts_per_batch=args.prompts_per_batch,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.shuffle_dataset,
-        )
-        self._exchange.json(lambda: self._judge.check(self._prompts.get(0), tokenizer))
-
-        policy = load_policy(model, args)
-        if peft_config is not None:
-            policy = add_adapter(policy, peft_config, args)
-        check_disk(
-            Path(args.output_dir),
-            model_bytes=num_parameter_bytes(policy),
-            saves_optimizer=args.save_strategy != "no" and not args.save_only_model,
-        )
+        self._judge, self._prompts = inputs.judge, inputs.prompts
+        self._exchange, self._plan = inputs.exchange, inputs.plan
+        policy = inputs.policy
         self._logprobs = PolicyLogprobs(
             policy, temperature=args.temperature, truncation=truncation(args), fused=args.fused_logprobs
         )
-        self._reference = (
-            ReferencePolicy(
-                policy,
-                reload=(lambda: self._logprobs.adapt(load_policy(model, args))) if isinstance(model, str) else None,
-            )
-            if args.beta > 0
-            else None
-        )
-        self._stop_token_ids = stop_token_ids(policy, tokenizer)
+        reload = (lambda: self._logprobs.adapt(load_policy(model, args))) if isinstance(model, str) else None
+        self._reference = ReferencePolicy(policy, reload=reload) if args.beta > 0 else None
+        self._stop_token_ids = stop_token_ids(policy, inputs.tokenizer)
         self._objective = objective_settings(args)
         self._held = HeldBatch(
             num_parts=args.parts_per_batch,
@@ -198,7 +146,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             data_collator=_no_collation,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=inputs.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -211,10 +159,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             self._reference.shard(self.accelerator)
         self._limit = PackingLimit(args, self._exchange)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(policy)):
-            self._limit.find(policy, self.accelerator, longest=self._max_sequence())
-        self.add_callback(_StepEnd(self))
-
-    # ---- what transformers calls ----
+            self._limit.find(policy, self.accelerator, longest=self._prompts.max_sequence_tokens)
+        self.add_callback(StepCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; see `transformers.Trainer.train`. If it fails or is interrupted, the engines are ended.
@@ -232,19 +178,31 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except NoEngineError:
-            self._save_last_step()
+            save_last_step(
+                Path(self.args.output_dir),
+                self.state.global_step,
+                self._exchange,
+                lambda: self._save_checkpoint(self.model_wrapped, None),
+            )
             self.close()
             raise
         except BaseException:
             self.close()
             raise
 
+    def begin_training(self) -> None:
+        """Forget what an earlier call of `train` has left: completions, and what the engines hold."""
+        self._held.clear()
+        self.forget_published()
+
     def get_train_dataloader(self) -> DataLoader[int]:
         """Return a loader that only counts: which prompts a step takes follows from its number (`PromptSchedule`)."""
-        steps = self._schedule.batches_per_epoch * self.args.steps_per_batch
+        steps = self._prompts.batches_per_epoch * self.args.steps_per_batch
         ticks = steps * self.args.gradient_accumulation_steps
         # In batches of one: a resumed run skips through the loader's batch sampler, which batch_size=None has none of.
         return DataLoader(range(ticks), batch_size=1, collate_fn=_no_collation)  # type: ignore[arg-type]
+
+    # ---- one step ----
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
@@ -264,7 +222,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
 
     def _new_batch(self, step: int) -> list[Part]:
         """Have a batch of completions written, rewarded and dealt out to its optimizer steps. A collective."""
-        unwrapped, longest = self.accelerator.unwrap_model(self.model), self._max_sequence()
+        unwrapped, longest = self.accelerator.unwrap_model(self.model), self._prompts.max_sequence_tokens
         if self._limit.tokens is None:  # only now is the model divided
             self._limit.find(unwrapped, self.accelerator, longest=longest, wrapped=self.model_wrapped)
         report = self._engines.refresh(step, always=False)
@@ -276,20 +234,62 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._train_began = time.monotonic()
         self._limit.measure(unwrapped, self.optimizer, longest=longest, is_fused=self._logprobs.is_fused)
         assert self._limit.tokens is not None, "found above, or in the constructor"
-        return [
-            Part(
-                micro_batches=micro_batches_of_rank(
-                    share,
-                    loss_type=self.args.loss_type,
-                    rank=self.args.process_index,
-                    num_ranks=self.args.world_size,
-                    max_tokens=self._limit.tokens,
-                    skip_zero_advantages=skips_zero_advantages(self.args),
-                ),
-                is_empty=not any(sequence.in_loss for sequence in share),
+        return parts_of_rank(sequences, self.args, number=number, max_tokens=self._limit.tokens)
+
+    def _write_batch(self, number: int) -> list[TrainingSequence]:
+        """Collect a batch's groups and turn them into training sequences. Rank 0 only."""
+        step = self.state.global_step
+        prompts = self._prompts.batch(number)
+        began = time.monotonic()
+        with self.ledger.phase("generate"):
+            groups = self.score(
+                prompts,
+                num_generations=self.args.num_generations,
+                temperature=self.args.temperature,
+                seed_step=step,
             )
-            for share in deal(sequences, self.args.parts_per_batch, seed=self.args.seed, number=number)
-        ]
+        seconds = time.monotonic() - began
+        judged = self._judge.compare(groups)
+        self._judge.count_empty(judged)
+        self.state.num_input_tokens_seen += num_tokens(groups)
+        self._step_log.add(
+            self._judge.metrics(judged)
+            | {"num_tokens": float(self.state.num_input_tokens_seen)}
+            | speed_metrics(groups, seconds)
+            | self._engines.take_counts()
+        )
+        self._record.write_completions(step, judged, self._judge.names)
+        return training_sequences(judged, self.args)
+
+    def score(
+        self, prompts: Sequence[Prompt], *, num_generations: int, temperature: float, seed_step: int
+    ) -> tuple[ScoredGroup, ...]:
+        """Have the engines' weights complete and the rewards judge some prompts. Rank 0 only.
+
+        Args:
+            prompts: What to complete.
+            num_generations: Completions for each.
+            temperature: 0 for greedy.
+            seed_step: Takes the place of the step in the samples' seeds.
+        """
+        request = GroupRequest(
+            prompts=tuple(prompts),
+            num_generations=num_generations,
+            sampling=SamplingSettings(
+                temperature=temperature,
+                max_tokens=self.args.max_completion_length,
+                stop_token_ids=self._stop_token_ids,
+                **sampling_filters(self.args),
+            ),
+            seed=lambda prompt, sample: sample_seed(self.args.seed, seed_step, prompt.row, sample),
+            step=self.state.global_step,
+        )
+        return self._engines.collect(request, timeout_s=self.args.vllm_request_timeout_s * _ROLLOUT_TIMEOUT_FACTOR)
+
+    async def _score_group(
+        self, prompt: Prompt, rollouts: tuple[Rollout, ...], completions: tuple[CompletionLike, ...]
+    ) -> ScoredGroup:
+        return await self._judge.score(prompt, rollouts, completions, self.state)
 
     @torch.no_grad()
     def _old_logprobs(self, micro_batch: MicroBatch) -> torch.Tensor:
@@ -357,6 +357,33 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._step_log.add_objective(objective.metrics)
         return objective.loss * float(self.args.world_size)
 
+    def skip_empty_step(self) -> None:
+        """Have the optimizer leave the weights alone if nothing of the step is in the loss, which all ranks agree on.
+
+        Momentum and weight decay would move them even with a gradient of 0; without any, an optimizer passes over a
+        parameter. DeepSpeed has stepped by now, and a loss scaler (fp16) needs gradients: there it is a gradient of 0.
+        """
+        if self._step_is_empty and self.accelerator.scaler is None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def publish_after_step(self) -> None:
+        """Publish the weights that the optimizer's step has made, if engines are to write with them now.
+
+        Engines that sleep get them when they are woken, and none gets those between two steps on one batch.
+        Nothing changes the weights until then, and what is done meanwhile (a checkpoint, say) has the whole device. All
+        ranks call it.
+        """
+        self._step_log.end_step(self.args.world_size)
+        seconds = time.monotonic() - self._train_began
+        self._step_log.add({"seconds/train": seconds})
+        self.ledger.add("train", seconds)
+        if self._engines.sleeps or self._held.serves(self.state.global_step):
+            return
+        report = self._engines.publish(self.state.global_step)
+        self._step_log.add({"seconds/publish": report.seconds})
+
+    # ---- evaluation ----
+
     def evaluate(
         self,
         eval_dataset: Dataset | None = None,
@@ -367,11 +394,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
 
         `num_generations_eval` and `eval_temperature` apply; the default is `eval_reward` for the mean reward and so on.
         """
-        source = self._eval_prompts
-        if eval_dataset is not None:
-            source = _prompt_source(eval_dataset, self.processing_class, self._max_prompt_tokens(), self.args)
-        if source is None:
-            raise ConfigError("evaluate() needs an eval_dataset. Pass one, here or to GRPOTrainer.")
+        source = self._prompts.evaluation(eval_dataset)
         if self._limit.tokens is None and not self.is_in_train:
             raise ConfigError(
                 "evaluate() before train() has no divided model to publish from: accelerate divides it when training "
@@ -392,18 +415,20 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_last_step(self) -> None:
-        """Save a checkpoint of the last whole step, to go on from when engines can run again."""
-        step = self.state.global_step
-        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if not self._exchange.json(lambda: step > 0 and not is_complete(folder)):
-            return
-        try:
-            self._save_checkpoint(self.model_wrapped, None)
-        except OSError as error:  # a full disk must not hide why the run has ended
-            logger.error("The last step could not be saved: %s", error)
-        else:
-            logger.warning("Step %d is saved in %s: resume_from_checkpoint=True goes on from there.", step, folder)
+    def _evaluate_prompts(self, source: PromptSource) -> dict[str, float]:
+        num_generations = self.args.num_generations_eval or self.args.num_generations
+        temperature = self.args.temperature if self.args.eval_temperature is None else self.args.eval_temperature
+        with self.ledger.phase("evaluate"):
+            groups = self.score(
+                [source.get(row) for row in range(len(source))],
+                num_generations=num_generations,
+                temperature=temperature,
+                seed_step=-1,
+            )
+        self.last_evaluation = groups
+        return self._judge.metrics(self._judge.compare(groups))
+
+    # ---- what is saved and logged ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `from_pretrained` reads it. All ranks call it; sharded models are gathered on rank 0.
@@ -445,113 +470,14 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         """What publishes the weights; None before the engines start."""
         return self._engines.publisher
 
-    def score(
-        self, prompts: Sequence[Prompt], *, num_generations: int, temperature: float, seed_step: int
-    ) -> tuple[ScoredGroup, ...]:
-        """Have the engines' weights complete and the rewards judge some prompts. Rank 0 only.
-
-        Args:
-            prompts: What to complete.
-            num_generations: Completions for each.
-            temperature: 0 for greedy.
-            seed_step: Takes the place of the step in the samples' seeds.
-        """
-        request = GroupRequest(
-            prompts=tuple(prompts),
-            num_generations=num_generations,
-            sampling=SamplingSettings(
-                temperature=temperature,
-                max_tokens=self.args.max_completion_length,
-                stop_token_ids=self._stop_token_ids,
-                **sampling_filters(self.args),
-            ),
-            seed=lambda prompt, sample: sample_seed(self.args.seed, seed_step, prompt.row, sample),
-            step=self.state.global_step,
-        )
-        return self._engines.collect(request, timeout_s=self.args.vllm_request_timeout_s * _ROLLOUT_TIMEOUT_FACTOR)
+    def forget_published(self) -> None:
+        """Have the weights published before the engines write again, whatever version they hold."""
+        self._engines.forget()
 
     def close(self) -> None:
         """End the engines and worker processes. A later `train` or `evaluate` starts them again."""
         self._engines.close()
         self._judge.close()
-
-    def skip_empty_step(self) -> None:
-        """Have the optimizer leave the weights alone if nothing of the step is in the loss, which all ranks agree on.
-
-        Momentum and weight decay would move them even with a gradient of 0; without any, an optimizer passes over a
-        parameter. DeepSpeed has stepped by now, and a loss scaler (fp16) needs gradients: there it is a gradient of 0.
-        """
-        if self._step_is_empty and self.accelerator.scaler is None:
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def publish_after_step(self) -> None:
-        """Publish the weights that the optimizer's step has made, if engines are to write with them now.
-
-        Engines that sleep get them when they are woken, and none gets those between two steps on one batch.
-        Nothing changes the weights until then, and what is done meanwhile (a checkpoint, say) has the whole device. All
-        ranks call it.
-        """
-        self._step_log.end_step(self.args.world_size)
-        seconds = time.monotonic() - self._train_began
-        self._step_log.add({"seconds/train": seconds})
-        self.ledger.add("train", seconds)
-        if self._engines.sleeps or self._held.serves(self.state.global_step):
-            return
-        report = self._engines.publish(self.state.global_step)
-        self._step_log.add({"seconds/publish": report.seconds})
-
-    def forget_published(self) -> None:
-        """Have the weights published before the engines write again, whatever version they hold."""
-        self._engines.forget()
-
-    def begin_training(self) -> None:
-        """Forget what an earlier call of `train` has left: completions, and what the engines hold."""
-        self._held.clear()
-        self.forget_published()
-
-    # ---- rank 0 ----
-
-    def _write_batch(self, number: int) -> list[TrainingSequence]:
-        """Collect a batch's groups and turn them into training sequences."""
-        step = self.state.global_step
-        prompts = [self._prompts.get(row) for row in self._schedule.rows(number)]
-        began = time.monotonic()
-        with self.ledger.phase("generate"):
-            groups = self.score(
-                prompts,
-                num_generations=self.args.num_generations,
-                temperature=self.args.temperature,
-                seed_step=step,
-            )
-        seconds = time.monotonic() - began
-        judged = self._judge.compare(groups)
-        self._judge.count_empty(judged)
-        self.state.num_input_tokens_seen += num_tokens(groups)
-        num_completion_tokens = sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
-        self._step_log.add(
-            self._judge.metrics(judged)
-            | {
-                "num_tokens": float(self.state.num_input_tokens_seen),
-                "seconds/generate": seconds,
-                "rollout/tokens_per_s": num_completion_tokens / seconds,
-            }
-            | self._engines.take_counts()
-        )
-        self._record.write_completions(step, judged, self._judge.names)
-        return training_sequences(judged, self.args)
-
-    def _evaluate_prompts(self, source: PromptSource) -> dict[str, float]:
-        num_generations = self.args.num_generations_eval or self.args.num_generations
-        temperature = self.args.temperature if self.args.eval_temperature is None else self.args.eval_temperature
-        with self.ledger.phase("evaluate"):
-            groups = self.score(
-                [source.get(row) for row in range(len(source))],
-                num_generations=num_generations,
-                temperature=temperature,
-                seed_step=-1,
-            )
-        self.last_evaluation = groups
-        return self._judge.metrics(self._judge.compare(groups))
 
     # ---- what the engines need; each is replaced by `shoal.testing` where no engine is wanted ----
 
@@ -567,7 +493,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
     def _start_rollouts(self) -> Rollouts:
         model = self.accelerator.unwrap_model(self.model)
         return start_rollouts(
-            draw_blueprint(self._plan, model=model, args=self.args, max_model_len=self._max_sequence()),
+            draw_blueprint(self._plan, model=model, args=self.args, max_model_len=self._prompts.max_sequence_tokens),
             model=model,
             tokenizer=self.processing_class,
             args=self.args,
@@ -576,55 +502,8 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _shared_device(self, args: GRPOConfig) -> SharedDevice | None:
-        """Return what gives this rank's memory to and fro, where engines sleep. A collective."""
-        if not self._exchange.json(lambda: any(sleeps(engine, args) for engine in self._plan.engines)):
-            return None
-        offloads = args.offload_optimizer_during_rollout
-        return SharedDevice(args.device, lambda: self.optimizer if offloads else None)
-
-    async def _score_group(
-        self, prompt: Prompt, rollouts: tuple[Rollout, ...], completions: tuple[CompletionLike, ...]
-    ) -> ScoredGroup:
-        return await self._judge.score(prompt, rollouts, completions, self.state)
-
-    def _max_prompt_tokens(self) -> int:
-        return self._max_sequence() - int(self.args.max_completion_length)
-
-    def _max_sequence(self) -> int:
-        """Tokens of the longest prompt with a whole completion."""
-        longest = max(source.longest for source in (self._prompts, self._eval_prompts) if source is not None)
-        return longest + int(self.args.max_completion_length)
-
-
-class _StepEnd(TrainerCallback):  # type: ignore[misc]
-    """Publishes after each optimizer step, before anything is logged, saved or evaluated."""
-
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self._trainer = weakref.proxy(trainer)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.begin_training()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.skip_empty_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.publish_after_step()
+        return share_device(self._plan.engines, args, self._exchange, lambda: self.optimizer)
 
 
 def _no_collation(rows: Any) -> Any:
     return rows
-
-
-def _short_name(model: str | nn.Module) -> str:
-    name = model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", "model"))
-    return Path(name).name or "model"
-
-
-def _prompt_source(dataset: Any, tokenizer: Any, max_prompt_tokens: int, args: GRPOConfig) -> PromptSource:
-    return PromptSource(
-        dataset,
-        tokenizer,
-        max_prompt_tokens=max_prompt_tokens,
-        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -141,6 +142,12 @@ def read_config(model: str | nn.Module, args: GRPOConfig) -> Any:
             "Pass a transformers model, or the path of one."
         )
     return config
+
+
+def short_name(model: str | nn.Module) -> str:
+    """Return the last part of the model's folder or hub id, for the names of what is made of it."""
+    name = model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", "model"))
+    return Path(name).name or "model"
 
 
 def num_parameter_bytes(model: nn.Module) -> int:

@@ -15,7 +15,8 @@ from shoal.errors import EngineRequestError, NoEngineError
 from shoal.rollout.collector import Decode, GroupRequest, RolloutCollector, Score
 from shoal.rollout.health import State
 from shoal.rollout.loop_thread import LoopThread
-from shoal.rollout.pool import EngineLoad, EnginePool, PoolSettings
+from shoal.rollout.pool import EnginePool, PoolSettings
+from shoal.rollout.seats import EngineLoad
 from shoal.types import PublishReport, ScoredGroup
 from shoal.weights.group import EngineAddress
 from shoal.weights.sleep import SleepReport

@@ -11,6 +11,7 @@ import torch
 from shoal.config import GRPOConfig
 from shoal.errors import ConfigError
 from shoal.placement.records import EnginePlacement
+from shoal.protocols import Ranks
 from shoal.trainer.optimizer_offload import OptimizerOffload
 
 
@@ -33,6 +34,22 @@ def check_sharing(engines: Sequence[EnginePlacement], args: GRPOConfig) -> None:
                 f"{name}=True has no effect: it gives the memory of GPUs to and fro between engines and trainer "
                 f'processes, and no engine shares a GPU with one here. Remove it, or set vllm_devices="colocate".'
             )
+
+
+def share_device(
+    engines: Sequence[EnginePlacement], args: GRPOConfig, ranks: Ranks, optimizer: Callable[[], Any]
+) -> SharedDevice | None:
+    """Return what gives this rank's memory to and fro; None where no engine sleeps. A collective.
+
+    Args:
+        engines: As rank 0's host has them.
+        args: The settings.
+        ranks: The trainer's.
+        optimizer: Gives the present optimizer; None before there is one.
+    """
+    if not ranks.json(lambda: any(sleeps(engine, args) for engine in engines)):
+        return None
+    return SharedDevice(args.device, optimizer if args.offload_optimizer_during_rollout else lambda: None)
 
 
 class SharedDevice:

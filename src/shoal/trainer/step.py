@@ -1,4 +1,4 @@
-"""Cut a step's sequences into what each rank runs: the same number of packed micro-batches everywhere."""
+"""Cut sequences into what each rank runs: the same number of packed micro-batches everywhere."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from shoal.algorithm.truncation import Truncation
 from shoal.config import GRPOConfig
 from shoal.data.micro_batch import build_filler, build_micro_batch
 from shoal.data.packing import plan_micro_batches
+from shoal.trainer.held_batch import Part, deal
 from shoal.types import MicroBatch, Sequence
 
 
@@ -55,6 +56,31 @@ def micro_batches_of_rank(
         if indices
         else build_filler(sequences)
         for indices in plan[rank]
+    ]
+
+
+def parts_of_rank(sequences: abc.Sequence[Sequence], args: GRPOConfig, *, number: int, max_tokens: int) -> list[Part]:
+    """Return this rank's share of a batch, for each of the optimizer steps that it is divided into.
+
+    Args:
+        sequences: Of the whole batch, over all ranks.
+        args: The settings.
+        number: Of the batch, counted from 0.
+        max_tokens: Budget of a micro-batch.
+    """
+    return [
+        Part(
+            micro_batches=micro_batches_of_rank(
+                share,
+                loss_type=args.loss_type,
+                rank=args.process_index,
+                num_ranks=args.world_size,
+                max_tokens=max_tokens,
+                skip_zero_advantages=skips_zero_advantages(args),
+            ),
+            is_empty=not any(sequence.in_loss for sequence in share),
+        )
+        for share in deal(sequences, args.parts_per_batch, seed=args.seed, number=number)
     ]
 
 
