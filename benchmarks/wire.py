@@ -164,7 +164,7 @@ def _rate_digests(
         for batch, of_batch in zip(batches, plans, strict=True):
             pending = operation([Parcel(tensor, 1 - rank, stays=True) for tensor in batch])
             under_way.append((of_batch, pending))
-            while len(under_way) > num_ahead(in_place=True, goes_back=False):
+            while len(under_way) > num_ahead(is_kept=True, goes_back=False):
                 settle(*under_way.popleft())
         while under_way:
             settle(*under_way.popleft())

@@ -22,15 +22,18 @@ TENSORS = {"a": torch.randn(6, 4), "b": torch.randn(8), "c": torch.randn(5, 4), 
 
 @dataclass
 class Sent:
-    """One batch under way, of those that are."""
+    """One batch under way, of those that are. It must not change meanwhile."""
 
     wire: Wire
+    parcels: Sequence[Parcel]
 
     def __post_init__(self) -> None:
+        self.values = [parcel.tensor.clone() for parcel in self.parcels]
         self.wire.num_under_way += 1
         self.wire.most_under_way = max(self.wire.most_under_way, self.wire.num_under_way)
 
     def wait(self) -> None:
+        assert all(torch.equal(parcel.tensor, value) for parcel, value in zip(self.parcels, self.values, strict=True))
         self.wire.num_under_way -= 1
 
 
@@ -57,12 +60,12 @@ class Wire:
         self.sent += parcels
         if len(self.sent) > self.lasts:
             raise ConnectionError("cut")
-        return Sent(self)
+        return Sent(self, parcels)
 
     def receive(self, parcels: Sequence[Parcel]) -> Sent:
         for parcel in parcels:
             parcel.tensor.zero_()
-        return Sent(self)
+        return Sent(self, parcels)
 
     def finish(self, timeout_s: float) -> None: ...
 
@@ -186,14 +189,31 @@ def test_what_lies_still_is_sent_as_the_same_parcels_with_its_present_values() -
     assert unsigned(reports[-1].digests) == [digest(source.flat["a"][4:20]), digest(source.flat["b"])]
 
 
-def test_what_is_made_for_sending_does_not_stay() -> None:
+def test_what_must_be_copied_goes_through_two_halves_of_memory_that_stay() -> None:
     wire, source = Wire("e", [frozenset()]), Still()
+    pieces = [("a", TENSORS["a"], "bfloat16"), ("b", TENSORS["b"], "float32"), ("c", COLUMNS, "float32")]
+    sender = sender_of([wire], [source], plans=(plan(*pieces),), batch_bytes=16)
+    for _ in range(3):
+        send(sender)
+        source.flat["a"] += 1
+    number = len(wire.sent) // 3
+    first, second = wire.sent[:number], wire.sent[number : 2 * number]
+    assert all(map(operator.is_, first, second)) and all(parcel.stays for parcel in first)
+    memories = {
+        storage.data_ptr(): storage.nbytes() for parcel in first for storage in [parcel.tensor.untyped_storage()]
+    }
+    copies = memories.keys() - {value.untyped_storage().data_ptr() for value in source.flat.values()}
+    assert [memories[address] for address in copies] == [256, 256]  # one line each: batches have 16 bytes at most
+
+
+def test_what_the_source_computes_for_sending_does_not_stay() -> None:
+    wire = Wire("e", [frozenset()])
     sender = sender_of(
-        [wire], [source], plans=(plan(("b", TENSORS["b"], "bfloat16"), ("c", COLUMNS, "float32")),), batch_bytes=96
+        [wire], [Rows()], plans=(plan(("a", ROWS, "float32"), ("c", COLUMNS, "float32")),), batch_bytes=200
     )
     for _ in range(2):
         send(sender)
-    assert len({id(parcel) for parcel in wire.sent}) == 4 and not any(parcel.stays for parcel in wire.sent)
+    assert [parcel.stays for parcel in wire.sent] == [False, True] * 2  # of columns a copy was made
 
 
 @pytest.mark.parametrize("batch_bytes", [8, 50, 1 << 20])

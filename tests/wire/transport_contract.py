@@ -29,6 +29,7 @@ from shoal.wire.liveness import Peers
 from shoal.wire.rendezvous import Store, host_store, join_store
 from shoal.wire.transport import make_transport
 
+FOLDER = Path("/dev/shm")
 HOST = "127.0.0.1"
 TIMEOUT_S = 120.0
 SOON_S = 60.0  # at once, on a machine that has other work
@@ -87,22 +88,19 @@ class Member:
 class HostMemory:
     """Host memory in the place of a GPU's: the whole of CUDA IPC but CUDA."""
 
+    name = "the host"
+
     def __init__(self) -> None:
         self._maps: dict[int, mmap.mmap] = {}
         self._places: dict[int, bytes] = {}
 
     def place(self, value: torch.Tensor) -> torch.Tensor:
         """Return a copy that lies where another process can reach it."""
-        address, description = self.allocate(value.nbytes)
-        self._places[address] = description.encode()
+        address, handle = self.allocate(value.nbytes)
+        self._places[address] = handle
         memory = (ctypes.c_uint8 * value.nbytes).from_address(address)
         placed = torch.frombuffer(memory, dtype=torch.uint8).view(value.dtype).reshape(value.shape)
         return placed.copy_(value)
-
-    def displace(self) -> None:
-        """Remove the names of what was placed."""
-        for name in self._places.values():
-            Path(name.decode()).unlink()
 
     def export(self, address: int) -> tuple[bytes, int] | None:
         if address not in self._places:
@@ -110,21 +108,19 @@ class HostMemory:
         return self._places[address].ljust(HANDLE_BYTES, b"\0"), 0
 
     def open_handle(self, handle: bytes) -> int:
-        return self.open(handle.rstrip(b"\0").decode(), unlink=False)
-
-    def allocate(self, num_bytes: int) -> tuple[int, str]:
-        path = Path("/dev/shm") / f"shoal-test-{os.urandom(8).hex()}"
-        path.write_bytes(bytes(num_bytes))
-        return self.open(str(path), unlink=False), str(path)
-
-    def open(self, description: str, *, unlink: bool = True) -> int:
-        with Path(description).open("r+b") as file:
+        with Path(handle.rstrip(b"\0").decode()).open("r+b") as file:
             mapped = mmap.mmap(file.fileno(), 0)
-        if unlink:
-            Path(description).unlink()
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         self._maps[address] = mapped
         return address
+
+    def check_reach(self, name: str) -> None:
+        assert name == self.name
+
+    def allocate(self, num_bytes: int) -> tuple[int, bytes]:
+        path = FOLDER / f"shoal-test-{os.getpid()}-{os.urandom(8).hex()}"  # `run` removes it
+        path.write_bytes(bytes(num_bytes))
+        return self.open_handle(str(path).encode()), str(path).encode()
 
     def release(self, address: int) -> None:
         del self._maps[address]
@@ -407,9 +403,11 @@ def run(
         for process in processes:
             process.kill()
             process.communicate()
+            for path in FOLDER.glob(f"shoal-test-{process.pid}-*"):
+                path.unlink()
     assert all(processes[rank].returncode == -signal.SIGKILL for rank in lost)
     for process in processes:  # and nobody leaves anything behind, however it ended
-        assert not list(Path("/dev/shm").glob(f"shoal-{process.pid}-*"))
+        assert not list(FOLDER.glob(f"shoal-{process.pid}-*"))
 
 
 def _main(
@@ -462,8 +460,6 @@ def _main(
         if CASES[name] in TRANSFERS:
             member.meet(f"end of {name}")
     transport.close()
-    if memory is not None:
-        memory.displace()
     # A thread of Gloo that still waits for the one that was lost would abort the interpreter's own end.
     sys.stdout.flush()
     os._exit(0)

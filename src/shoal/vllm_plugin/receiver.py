@@ -193,7 +193,7 @@ class WeightReceiver:
             parcels = [Parcel(room, message.rank) for message, room in zip(batch, rooms, strict=True)]
             pending = transport.receive(parcels)
             under_way.append((number, batch, rooms, pending))
-            while len(under_way) > num_ahead(in_place=number in intake.rooms, goes_back=verify == "full"):
+            while len(under_way) > num_ahead(is_kept=number in intake.rooms, goes_back=verify == "full"):
                 settle(*under_way.popleft())
         for received in under_way:
             settle(*received)

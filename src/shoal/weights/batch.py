@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,8 +13,10 @@ import torch
 from shoal.protocols import Parcel, WeightSource, WeightTransport
 from shoal.types import Interval
 from shoal.wire.digest import RepeatedDigests, Run
-from shoal.wire.plan import Region, Slice, SlicePlan
+from shoal.wire.plan import Region, Slice, SlicePlan, dtype_from_name
 from shoal.wire.schedule import Holdings, Ownership, Part, assign, batches, messages, run_within
+
+_ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,29 @@ class Line(Protocol):
         ...
 
 
+class Scratch:
+    """Memory for what is not sent from where it lies: two halves, filled in turn, which stay from publish to publish.
+
+    Args:
+        num_bytes: Of each half.
+        device: Where it is.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.device = device
+        self._num_bytes = num_bytes
+        self._halves: list[torch.Tensor | None] = [None, None]
+        self._turn = 0
+
+    def take(self) -> tuple[int, torch.Tensor]:
+        """Return the number and the bytes of the half whose turn it is."""
+        number, self._turn = self._turn, 1 - self._turn
+        half = self._halves[number]
+        if half is None:
+            half = self._halves[number] = torch.empty(self._num_bytes, dtype=torch.uint8, device=self.device)
+        return number, half
+
+
 @dataclass(frozen=True, slots=True)
 class Contents:
     """A batch made of the current weights.
@@ -67,14 +92,28 @@ class Contents:
         tensors: What is sent.
         parcels: The same, by line.
         runs: What is digested.
-        is_in_place: Whether all of it lies in the parameters themselves.
+        half: Of the scratch, where some of it has to be copied there first.
+        copies: To where, and of what.
+        is_kept: Whether it takes no memory that is not kept anyway.
     """
 
     values: tuple[torch.Tensor, ...]
     tensors: Sequence[torch.Tensor]
     parcels: Mapping[int, Sequence[Parcel]]
     runs: Sequence[Run]
-    is_in_place: bool
+    half: int | None
+    copies: tuple[list[torch.Tensor], list[torch.Tensor]]
+    is_kept: bool
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether all of it lies in the parameters themselves."""
+        return self.is_kept and self.half is None
+
+    def fill(self) -> None:
+        """Copy to the scratch, whose half must be free."""
+        if self.half is not None:
+            torch._foreach_copy_(*self.copies)
 
 
 @dataclass(slots=True)
@@ -83,7 +122,7 @@ class Batch:
 
     Attributes:
         names: Parameters of the batch.
-        is_of_views: Whether the source gives all of them where they lie.
+        views: Those that the source gives where they lie.
         loads: Tensors to be made: a region of a parameter in a type.
         parcels: For each line, which of them go to which member of its group.
         runs: Which of them are digested: beginning with which element of what.
@@ -91,41 +130,69 @@ class Batch:
     """
 
     names: tuple[str, ...]
-    is_of_views: bool
+    views: frozenset[str]
     loads: list[Piece] = field(default_factory=list)
     parcels: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     runs: list[tuple[int, int, int]] = field(default_factory=list)
     digests: RepeatedDigests | None = None
     _last: Contents | None = None
 
-    def contents(self, values: Sequence[torch.Tensor], load: Callable[[Piece, torch.Tensor], torch.Tensor]) -> Contents:
-        """Return the batch made of `values`; the same object for the same tensors, where all of it lies in them.
+    @property
+    def scratch_bytes(self) -> int:
+        """What it takes if nothing can be sent from where it lies."""
+        sizes = (piece.region.num_elements * dtype_from_name(piece.dtype).itemsize for piece in self.loads)
+        return sum(map(_aligned, sizes))
+
+    def contents(self, values: Sequence[torch.Tensor], held: Holdings, scratch: Scratch) -> Contents:
+        """Return the batch made of `values`, not filled yet. It is the same as the last time if all of them lie still.
 
         Args:
             values: Of `names`.
-            load: Makes a tensor that is sent of a parameter's value.
+            held: What this rank has of each.
+            scratch: For what cannot be sent from where it lies.
         """
         last = self._last
         if last is not None and all(map(operator.is_, values, last.values)):
             return last
         by_name = dict(zip(self.names, values, strict=True))
-        tensors = [load(piece, by_name[piece.source]) for piece in self.loads]
-        is_in_place = self.is_of_views and all(
-            tensor.numel() == 0 or _memory(tensor) == _memory(by_name[piece.source])
-            for piece, tensor in zip(self.loads, tensors, strict=True)
-        )
+        views = [piece.region.view(by_name[piece.source], first=held[piece.source].start) for piece in self.loads]
+        tensors, stays, half, copies = self._arrange(views, scratch)
         found = Contents(
             values=tuple(values),
             tensors=tensors,
             parcels={
-                line: [Parcel(tensors[index], member, stays=is_in_place) for index, member in pairs]
+                line: [Parcel(tensors[index], member, stays=stays[index]) for index, member in pairs]
                 for line, pairs in self.parcels.items()
             },
             runs=[Run(tensors[index], start, slot) for index, start, slot in self.runs],
-            is_in_place=is_in_place,
+            half=half,
+            copies=copies,
+            is_kept=all(stays),
         )
-        self._last = found if is_in_place else None
+        self._last = found if found.is_kept and self.views.issuperset(self.names) else None
         return found
+
+    def _arrange(
+        self, views: Sequence[torch.Tensor], scratch: Scratch
+    ) -> tuple[list[torch.Tensor], list[bool], int | None, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Find room for what cannot be sent as it is. Returns what is sent, which of it stays, the half, the copies."""
+        tensors, stays = list(views), [piece.source in self.views for piece in self.loads]
+        half, memory, offset = None, torch.empty(0), 0
+        targets: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        for index, (piece, view) in enumerate(zip(self.loads, views, strict=True)):
+            dtype = dtype_from_name(piece.dtype)
+            if view.dtype == dtype and view.device == scratch.device and view.is_contiguous():
+                continue
+            if half is None:
+                half, memory = scratch.take()
+            num_bytes = view.numel() * dtype.itemsize
+            tensors[index] = memory[offset : offset + num_bytes].view(dtype).view(view.shape)
+            stays[index] = True
+            offset += _aligned(num_bytes)
+            targets.append(tensors[index])
+            sources.append(view)
+        return tensors, stays, half, (targets, sources)
 
 
 def draw_batches(
@@ -150,7 +217,7 @@ def draw_batches(
     done = []
     for parts in batches([meta for meta in parameters if meta.name in by_source], batch_bytes):
         names = tuple(part.name for part in parts)
-        batch = Batch(names=names, is_of_views=views.issuperset(names))
+        batch = Batch(names=names, views=views.intersection(names))
         loads: dict[Piece, int] = {}
 
         def load(piece: Piece, batch: Batch = batch, loads: dict[Piece, int] = loads) -> int:
@@ -187,5 +254,5 @@ def _own_boxes(piece: Piece, own: Ownership, part: Part, rank: int) -> Iterator[
                 start += box.num_elements
 
 
-def _memory(value: torch.Tensor) -> int:
-    return value.untyped_storage().data_ptr()
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

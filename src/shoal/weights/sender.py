@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from shoal.protocols import Parcel, Pending, WeightSource
-from shoal.weights.batch import Batch, Contents, Line, Piece, draw_batches, piece_of
+from shoal.weights.batch import Batch, Contents, Line, Scratch, draw_batches, piece_of
 from shoal.wire.agreement import Verify
 from shoal.wire.digest import DigestPlan, RepeatedDigests
 from shoal.wire.liveness import GoneError, LateError, patience_left
-from shoal.wire.plan import SlicePlan, dtype_from_name
+from shoal.wire.plan import SlicePlan
 from shoal.wire.schedule import Holdings, num_ahead
 
 
@@ -51,10 +51,11 @@ class SendReport:
 
 
 class WeightSender:
-    """Sends one source to all lines, one batch ahead of the wire.
+    """Sends one source to all lines, ahead of the wire.
 
     The tensors under way are views of the parameters wherever the engine keeps them in the trainer's type and the
-    piece is contiguous; else they are scratch, of at most two batches. Of the former many batches go at once.
+    piece is contiguous. The others are copied into scratch of two batches, which is kept, or are the source's own
+    scratch, of at most two batches.
 
     Args:
         source: This rank's part of the weights.
@@ -86,6 +87,7 @@ class WeightSender:
         self._batch_bytes = batch_bytes
         self._held = holdings[rank]
         self.pieces, self._batches = draw_batches(source, rank, holdings, lines, plans, batch_bytes)
+        self._scratch = Scratch(max((batch.scratch_bytes for batch in self._batches), default=0), device)
         self._in_place: tuple[list[Contents], DigestPlan] | None = None
         numbers = {piece: number for number, piece in enumerate(self.pieces)}
         self.slots = {
@@ -122,7 +124,7 @@ class WeightSender:
         return _Sending(self, lines, timeout_s, verify).run()
 
     def loaded(self) -> Iterator[tuple[Batch, Contents]]:
-        """Go through the source; yield each batch with what it holds now."""
+        """Go through the source; yield each batch with what it holds now, once that is filled."""
         stream = self._source.tensors()
         values: dict[str, torch.Tensor] = {}
         for batch in self._batches:
@@ -131,7 +133,7 @@ class WeightSender:
             while wanted not in values:
                 name, value = next(stream)
                 values[name] = value
-            yield batch, batch.contents([values[name] for name in batch.names], self._load)
+            yield batch, batch.contents([values[name] for name in batch.names], self._held, self._scratch)
         # To the end: what follows the last parameter that an engine wants may be a collective.
         for _ in stream:
             pass
@@ -143,10 +145,6 @@ class WeightSender:
             runs = [run for of_batch in contents for run in of_batch.runs]
             known = self._in_place = contents, DigestPlan(runs, len(self.pieces), self._device)
         return known[1].compute()
-
-    def _load(self, load: Piece, held: torch.Tensor) -> torch.Tensor:
-        view = load.region.view(held, first=self._held[load.source].start)
-        return view.to(self._device, dtype_from_name(load.dtype)).contiguous()
 
 
 class _Sending:
@@ -167,6 +165,9 @@ class _Sending:
         under_way: deque[tuple[Batch, Contents, dict[int, Pending]]] = deque()
         in_place: list[Contents] = []
         for batch, contents in sender.loaded():
+            while contents.half is not None and any(former.half == contents.half for _, former, _ in under_way):
+                self._settle(*under_way.popleft())
+            contents.fill()
             pending = self._post(contents)
             if self._verify != "off":
                 if contents.is_in_place:
@@ -176,7 +177,7 @@ class _Sending:
                         batch.digests = RepeatedDigests(len(sender.pieces), sender._device)
                     shares += batch.digests.compute(contents.runs)
             under_way.append((batch, contents, pending))
-            while len(under_way) > num_ahead(in_place=contents.is_in_place, goes_back=self._verify == "full"):
+            while len(under_way) > num_ahead(is_kept=contents.is_kept, goes_back=self._verify == "full"):
                 self._settle(*under_way.popleft())
         if in_place:
             shares += sender.digests_in_place(in_place)

@@ -7,7 +7,6 @@ said that it let go: each engine that is killed would cost the trainer its stagi
 from __future__ import annotations
 
 import ctypes
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,33 +40,38 @@ class Moment(Protocol):
 class SharedMemory(Protocol):
     """Memory in which two processes meet: a GPU's, or (in tests) the host's."""
 
-    def allocate(self, num_bytes: int) -> tuple[int, str]:
-        """Return the address of new memory, and a description by which another process can open it."""
+    @property
+    def name(self) -> str:
+        """Of the device, the same in all processes."""
+        ...
+
+    def check_reach(self, name: str) -> None:
+        """Raise if memory of another device, of that name, cannot be opened here."""
+        ...
+
+    def allocate(self, num_bytes: int) -> tuple[int, bytes]:
+        """Return the address of new memory, and a handle by which another process can open it."""
         ...
 
     def release(self, address: int) -> None:
         """Give back what `allocate` returned."""
         ...
 
-    def open(self, description: str) -> int:
-        """Return the address here of what another process described."""
-        ...
-
     def export(self, address: int) -> tuple[bytes, int] | None:
         """Find the allocation of this process that an address lies in.
 
         Returns:
-            A handle by which a process that can `open` memory of this one reaches the allocation too, and how far into
-            it the address is; None if no other process can reach it.
+            A handle by which another process can open the allocation, and how far into it the address is; None if no
+            other process can reach it.
         """
         ...
 
     def open_handle(self, handle: bytes) -> int:
-        """Return where an allocation that another process has exported begins here."""
+        """Return where an allocation that another process has a handle of begins here."""
         ...
 
     def shut(self, address: int) -> None:
-        """Let go of what `open` or `open_handle` returned."""
+        """Let go of what `open_handle` returned."""
         ...
 
     def mark(self) -> Moment:
@@ -122,8 +126,33 @@ class CudaMemory:
         # Torch uses the primary context as well, and lives as long as the process: it is never given back.
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), ordinal)
 
-    def allocate(self, num_bytes: int) -> tuple[int, str]:
-        """Allocate and describe memory of this GPU."""
+    @property
+    def name(self) -> str:
+        """UUID of the GPU."""
+        return _uuid(self._device.index)
+
+    def check_reach(self, uuid: str) -> None:
+        """Check that this GPU is the one of that UUID, or reaches it.
+
+        Raises:
+            ConfigError: That GPU is not visible here, or out of reach.
+        """
+        visible = {_uuid(index): index for index in range(torch.cuda.device_count())}
+        own = f"GPU {_uuid(self._device.index)} (cuda:{self._device.index})"
+        if uuid not in visible:
+            raise ConfigError(
+                f"weights cannot be received on {own} from GPU {uuid}: this process does not see that GPU. CUDA lets a "
+                "process open another's memory only on GPUs in its CUDA_VISIBLE_DEVICES; use NCCL between these two."
+            )
+        sender = visible[uuid]
+        if sender != self._device.index and not torch.cuda.can_device_access_peer(self._device.index, sender):
+            raise ConfigError(
+                f"weights cannot be received on {own} from GPU {uuid} (cuda:{sender}): neither NVLink nor PCIe lets "
+                "one reach the other's memory. Use NCCL between these two."
+            )
+
+    def allocate(self, num_bytes: int) -> tuple[int, bytes]:
+        """Allocate memory of this GPU."""
         address, handle = ctypes.c_uint64(), _Handle()
         with self._current():
             self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(-(-num_bytes // _GRANULE) * _GRANULE))
@@ -132,22 +161,12 @@ class CudaMemory:
             except RuntimeError:
                 self._call("cuMemFree_v2", address)
                 raise
-        return int(address.value), json.dumps({"handle": bytes(handle).hex(), "gpu": _uuid(self._device.index)})
+        return int(address.value), bytes(handle)
 
     def release(self, address: int) -> None:
         """Free memory that this process allocated."""
         with self._current():
             self._call("cuMemFree_v2", ctypes.c_uint64(address))
-
-    def open(self, description: str) -> int:
-        """Map memory of a GPU that this one is, or can reach.
-
-        Raises:
-            ConfigError: That GPU is not visible here, or out of reach.
-        """
-        data = json.loads(description)
-        self._check_reach(str(data["gpu"]))
-        return self.open_handle(bytes.fromhex(data["handle"]))
 
     def export(self, address: int) -> tuple[bytes, int] | None:
         """Find the allocation that an address lies in; None if it is of mapped or pooled memory.
@@ -219,21 +238,6 @@ class CudaMemory:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(self._stream)
         return done
-
-    def _check_reach(self, uuid: str) -> None:
-        visible = {_uuid(index): index for index in range(torch.cuda.device_count())}
-        own = f"GPU {_uuid(self._device.index)} (cuda:{self._device.index})"
-        if uuid not in visible:
-            raise ConfigError(
-                f"weights cannot be received on {own} from GPU {uuid}: this process does not see that GPU. CUDA lets a "
-                "process open another's memory only on GPUs in its CUDA_VISIBLE_DEVICES; use NCCL between these two."
-            )
-        sender = visible[uuid]
-        if sender != self._device.index and not torch.cuda.can_device_access_peer(self._device.index, sender):
-            raise ConfigError(
-                f"weights cannot be received on {own} from GPU {uuid} (cuda:{sender}): neither NVLink nor PCIe lets "
-                "one reach the other's memory. Use NCCL between these two."
-            )
 
     @contextmanager
     def _current(self) -> Iterator[None]:

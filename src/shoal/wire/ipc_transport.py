@@ -69,7 +69,7 @@ class IpcTransport:
                 self._writers[peer] = self._offer(store, rank, peer, max(num_bytes, 2 * ALIGNMENT))
             for peer in peer_ranks:
                 self._readers[peer] = self._accept(store, rank, peer)
-            # Only now may any of us leave: what a member gives back must have been opened by all who were told of it.
+            # Only now may any of us leave: what a member gives up must have been taken up by all who were told of it.
             opened = [f"opened/{rank}/{peer}" for peer in peer_ranks]
             store.wait(opened, timedelta(seconds=timeout_s))
         except BaseException:
@@ -117,29 +117,23 @@ class IpcTransport:
                 raise self._late(self._timeout_s)
 
     def _offer(self, store: Store, rank: int, peer: int, num_bytes: int) -> RingWriter:
-        """Make a ring and describe it to the peer that reads it."""
+        """Tell a peer how it is to be sent to."""
         signals = Signals.create()
-        try:
-            address, description = self._memory.allocate(num_bytes)
-        except BaseException:
-            signals.unlink()
-            raise
-        offer = {"memory": description, "num_bytes": num_bytes, "signals": str(signals.path)}
+        offer = {"device": self._memory.name, "num_bytes": num_bytes, "signals": str(signals.path)}
         store.set(f"ring/{rank}/{peer}", json.dumps(offer))
-        return RingWriter(peer=peer, memory=self._memory, address=address, num_bytes=num_bytes, signals=signals)
+        return RingWriter(peer=peer, memory=self._memory, num_bytes=num_bytes, signals=signals)
 
     def _accept(self, store: Store, rank: int, peer: int) -> RingReader:
-        """Open the ring that a peer made."""
+        """Take up what a peer has told."""
         key = f"ring/{peer}/{rank}"
         store.wait([key], timedelta(seconds=self._timeout_s))
         offer = json.loads(store.get(key))
         store.delete_key(key)
         signals = Signals(Path(offer["signals"]), create=False)
         signals.unlink()  # both have it now, and nothing stays behind however they end
-        address = self._memory.open(offer["memory"])
+        self._memory.check_reach(offer["device"])
         store.set(f"opened/{peer}/{rank}", "")
-        num_bytes = int(offer["num_bytes"])
-        return RingReader(peer=peer, memory=self._memory, address=address, num_bytes=num_bytes, signals=signals)
+        return RingReader(peer=peer, memory=self._memory, num_bytes=int(offer["num_bytes"]), signals=signals)
 
     def _add(self, parcels: Sequence[Parcel], ends: dict[int, RingWriter] | dict[int, RingReader]) -> Pending:
         filled = [parcel for parcel in parcels if parcel.tensor.numel()]
@@ -230,11 +224,10 @@ class IpcTransport:
         for reader in readers.values():
             reader.leave()
             reader.shut()
-            self._memory.shut(reader.address)
         for writer in writers.values():
             writer.leave()
             writer.signals.unlink()
-            self._memory.release(writer.address)
+            writer.release()
 
 
 class _IpcBatch:

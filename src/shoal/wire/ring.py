@@ -2,9 +2,9 @@
 
 Both ends list the parcels in the same order and know their sizes. A parcel stays where it lies, and the reader copies
 it from there: the writer *lends* it. Those in memory that no other process can open are copied into a ring of staging
-memory, one after another as a stream without end, and out of it again. In a page of the host's memory the writer notes
-what comes next, so many bytes of the stream or one lent parcel and where it lies, and the reader how far it is. All
-these counts only grow.
+memory, made when the first one comes, one after another as a stream without end, and out of it again. In a page of the
+host's memory the writer notes what comes next, so many bytes of the stream or one lent parcel and where it lies, and
+the reader how far it is. All these counts only grow.
 
 Opening and closing memory takes longer than copying it. Of parcels that stay where they are from transfer to transfer
 the reader keeps it open. Memory must not be freed while somebody has it open, so the writer holds on to such parcels
@@ -31,7 +31,7 @@ _NUM_NOTES = 2048
 _LENT_PER_BURST = 32  # the next burst's memory is opened while those of the last one are copied
 _NUM_BURSTS = 2  # of a reader
 _NOTE = struct.Struct(f"<QQQ{HANDLE_BYTES}s")
-"""What comes next. In the stream: how many bytes, and zeros. Lent: 0, if it stays, where in the allocation, handle."""
+"""What comes next. In the stream: how many bytes, 0, 0, the ring's handle. Lent: 0, if it stays, where, and in what."""
 
 _WORDS_PER_LINE = 16  # two cache lines of 8-byte words: the two ends never write to the same one
 _WRITTEN, _READ, _WRITER_LEFT, _READER_LEFT = (index * _WORDS_PER_LINE for index in range(4))
@@ -77,12 +77,12 @@ class Signals:
         self._words[word] = value
 
     def note(self, number: int) -> tuple[int, bool, int, bytes]:
-        """Return the bytes of the stream, or 0, and whether it stays, the offset and the handle of a lent parcel."""
+        """Return what comes next, as `set_note` was told."""
         count, stays, offset, handle = _NOTE.unpack_from(self._page, _FIRST_NOTE + number % _NUM_NOTES * _NOTE.size)
         return count, bool(stays), offset, handle
 
     def set_note(self, number: int, count: int, stays: bool = False, offset: int = 0, handle: bytes = b"") -> None:
-        """Write what `note` returns. It means something once the number of those written says so."""
+        """Write what comes next (see `_NOTE`). It means something once the number of those written says so."""
         _NOTE.pack_into(self._page, _FIRST_NOTE + number % _NUM_NOTES * _NOTE.size, count, stays, offset, handle)
 
 
@@ -166,17 +166,19 @@ class RingEnd:
     Args:
         peer: Rank of the member at the other end.
         memory: Copies.
-        address: Of the ring here.
         num_bytes: Of the ring, a multiple of two alignments.
         signals: The page shared with the other end.
+
+    Attributes:
+        address: Of the ring here; None before it is needed.
     """
 
     _writes: bool
     """Whether copies go into the ring."""
 
-    def __init__(self, *, peer: int, memory: SharedMemory, address: int, num_bytes: int, signals: Signals) -> None:
+    def __init__(self, *, peer: int, memory: SharedMemory, num_bytes: int, signals: Signals) -> None:
         self.peer = peer
-        self.address = address
+        self.address: int | None = None
         self.signals = signals
         self._memory = memory
         self._num_bytes = num_bytes
@@ -195,6 +197,7 @@ class RingEnd:
 
     def _stream(self, copies: _Copies, batches: list[Batch], finished: list[Piece], end: int) -> None:
         """Take what goes through the ring from the head of the queue, up to a position of the stream."""
+        assert self.address is not None, "there is a ring by the time that something goes through it"
         while self._queue and self._position < end and self._queue[0].lent is None:
             piece = self._queue[0]
             offset = self._position % self._num_bytes
@@ -228,8 +231,9 @@ class RingWriter(RingEnd):
 
     _writes = True
 
-    def __init__(self, *, peer: int, memory: SharedMemory, address: int, num_bytes: int, signals: Signals) -> None:
-        super().__init__(peer=peer, memory=memory, address=address, num_bytes=num_bytes, signals=signals)
+    def __init__(self, *, peer: int, memory: SharedMemory, num_bytes: int, signals: Signals) -> None:
+        super().__init__(peer=peer, memory=memory, num_bytes=num_bytes, signals=signals)
+        self._handle = b""
         self._queued_bytes = 0  # for the ring, with the padding between parcels
         self._lent: deque[tuple[int, Piece]] = deque()  # with the number of its note, oldest first
         # Of this transfer and the last two: the reader ends each one, and lets go, after we have ended it.
@@ -259,6 +263,12 @@ class RingWriter(RingEnd):
     def leave(self) -> None:
         """Tell the reader that nothing will come any more."""
         self.signals[_WRITER_LEFT] = 1
+
+    def release(self) -> None:
+        """Give the ring back."""
+        if self.address is not None:
+            self._memory.release(self.address)
+            self.address = None
 
     def step(self) -> bool:
         """Do what can be done without waiting. Returns whether anything was."""
@@ -292,11 +302,13 @@ class RingWriter(RingEnd):
                 self._queue.popleft()
                 _come_after(batches, piece)
             else:
+                if self.address is None:
+                    self.address, self._handle = self._memory.allocate(self._num_bytes)
                 before = self._position
                 self._stream(copies, batches, finished, end)
                 if self._position == before:
                     break
-                self.signals.set_note(self._num_notes, self._position - before)
+                self.signals.set_note(self._num_notes, self._position - before, handle=self._handle)
                 self._queued_bytes -= self._position - before
             self._num_notes += 1
         if self._num_notes == first_note:
@@ -310,8 +322,8 @@ class RingReader(RingEnd):
 
     _writes = False
 
-    def __init__(self, *, peer: int, memory: SharedMemory, address: int, num_bytes: int, signals: Signals) -> None:
-        super().__init__(peer=peer, memory=memory, address=address, num_bytes=num_bytes, signals=signals)
+    def __init__(self, *, peer: int, memory: SharedMemory, num_bytes: int, signals: Signals) -> None:
+        super().__init__(peer=peer, memory=memory, num_bytes=num_bytes, signals=signals)
         self._opened: dict[bytes, int] = {}
         self._kept: dict[bytes, int] = {}
         self._missed: set[bytes] = set()  # of those kept open, what this transfer had no use for yet
@@ -332,8 +344,11 @@ class RingReader(RingEnd):
         self._missed = set(self._kept)
 
     def shut(self) -> None:
-        """Let go of all memory that was lent."""
+        """Let go of all memory of the writer's."""
         self._shut_passing()
+        if self.address is not None:
+            self._memory.shut(self.address)
+            self.address = None
         while self._kept:
             self._memory.shut(self._kept.popitem()[1])
         self._missed.clear()
@@ -373,6 +388,8 @@ class RingReader(RingEnd):
                     _come_after(batches, piece)
                     finished.append(piece)
                     continue
+                if self.address is None:
+                    self.address = self._memory.open_handle(handle)
                 self._end += count
             self._stream(copies, batches, finished, self._end)
         if not copies.all:

@@ -80,14 +80,14 @@ def batches(parameters: Sequence[ParameterMeta], max_bytes: int) -> tuple[tuple[
     return (*done, tuple(current)) if current else tuple(done)
 
 
-def num_ahead(*, in_place: bool, goes_back: bool) -> int:
+def num_ahead(*, is_kept: bool, goes_back: bool) -> int:
     """Return how many batches may be under way before the one that is posted last, on either side.
 
     Args:
-        in_place: Whether the last one needs no scratch.
+        is_kept: Whether the last one takes no memory that is not kept anyway.
         goes_back: Whether what has arrived is sent back; NCCL wants both sides to take turns alike.
     """
-    return _MAX_AHEAD if in_place and not goes_back else 1
+    return _MAX_AHEAD if is_kept and not goes_back else 1
 
 
 def assign(
