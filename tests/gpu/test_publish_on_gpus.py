@@ -1,4 +1,4 @@
-"""Publishes to real engines on real GPUs: over NCCL to another GPU, and through shared memory to the trainer's own.
+"""Publishes to real engines on real GPUs: over NCCL and CUDA IPC to another GPU, and by CUDA IPC to the trainer's own.
 
 Run on a machine with NVIDIA GPUs: `pytest tests/gpu`.
 """
@@ -34,8 +34,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_GPUS == 0, reason="no NVID
     ("devices", "backend", "num_needed"),
     [
         pytest.param(("1",), "nccl", 2, id="NCCL to another GPU"),
-        pytest.param(("0",), "ipc", 1, id="shared memory on the trainer's own GPU"),
-        pytest.param(("0", "1"), "ipc", 2, id="shared memory, TP 2 over both GPUs"),
+        pytest.param(("1",), "ipc", 2, id="CUDA IPC to another GPU"),
+        pytest.param(("0",), "ipc", 1, id="CUDA IPC on the trainer's own GPU"),
+        pytest.param(("0", "1"), "ipc", 2, id="CUDA IPC, TP 2 over both GPUs"),
     ],
 )
 def test_an_engine_computes_with_what_was_published(
@@ -44,7 +45,8 @@ def test_an_engine_computes_with_what_was_published(
     if num_needed > NUM_GPUS:
         pytest.skip(f"needs {num_needed} GPUs, found {NUM_GPUS}")
     model, folder = policy
-    with _fleet(folder, devices, tmp_path) as fleet:
+    opened = tuple({"0"} - set(devices)) if backend == "ipc" else ()
+    with _fleet(folder, devices, opened, tmp_path) as fleet:
         (engine,) = fleet.engines
         publisher = WeightPublisher(
             {"model": make_source(model)},
@@ -70,13 +72,14 @@ def test_an_engine_computes_with_what_was_published(
         publisher.close()
 
 
-def _fleet(folder: Path, devices: tuple[str, ...], log_dir: Path) -> Fleet:
+def _fleet(folder: Path, devices: tuple[str, ...], opened: tuple[str, ...], log_dir: Path) -> Fleet:
     (port,) = choose_ports(1, None)
     spec = EngineSpec(
         name="engine-0",
         model_dir=folder,
         port=port,
         cuda_devices=devices,
+        opened_devices=opened,
         cpu_cores=(),
         tensor_parallel_size=len(devices),
         pipeline_parallel_size=1,

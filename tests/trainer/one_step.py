@@ -16,7 +16,7 @@ import tempfile
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ class Case:
         lora: Whether an adapter is trained: None, `lora`, or `qlora` over weights of 4 bits.
         resume: The checkpoint to go on from, `CASE/checkpoint-N`.
         save: Whether the trained model is saved at the end, in `final`.
+        device: What is trained on. On GPUs accelerate shards by itself, as its environment says; `fsdp2` is for CPUs.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Case:
     lora: str | None = None
     resume: str | None = None
     save: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 def make_model(*, ends: bool = True, dtype: str = "float64", lora: str | None = None) -> Any:
@@ -273,7 +275,8 @@ def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = Non
     settings = {
         "output_dir": str(output_dir),
         "report_to": "none",
-        "use_cpu": "deepspeed" not in case.settings,  # accelerate leaves DeepSpeed out where the CPU is asked for
+        # accelerate leaves DeepSpeed out where the CPU is asked for
+        "use_cpu": case.device == "cpu" and "deepspeed" not in case.settings,
         "bf16": False,
         "num_generations": 3,
         "max_completion_length": 6,
@@ -290,10 +293,11 @@ def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = Non
         "per_device_train_batch_size": 12
         // (int(os.environ.get("WORLD_SIZE", "1")) * int(case.settings.get("gradient_accumulation_steps", 1))),
     }
-    for name in ("FSDP", "DEEPSPEED"):  # accelerate leaves them behind, and would shard the next case so too
-        os.environ.pop(f"ACCELERATE_USE_{name}", None)
-    if "deepspeed" in case.settings:
-        settings["accelerator_config"] = meet_for_deepspeed()
+    if case.device == "cpu":
+        for name in ("FSDP", "DEEPSPEED"):  # accelerate leaves them behind, and would shard the next case so too
+            os.environ.pop(f"ACCELERATE_USE_{name}", None)
+        if "deepspeed" in case.settings:
+            settings["accelerator_config"] = meet_for_deepspeed()
     trainer_type = type("CaseTrainer", (OneStepTrainer,), {"broken": case.broken, "fsdp2": case.fsdp2})
     trainer = trainer_type(
         model=model,
