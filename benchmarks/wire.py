@@ -36,6 +36,7 @@ from shoal.protocols import Parcel, Pending, WeightTransport
 from shoal.wire.digest import DigestPlan, Run, unsigned
 from shoal.wire.rendezvous import Store, host_store, join_store
 from shoal.wire.schedule import num_ahead
+from shoal.wire.side_stream import SideStream
 from shoal.wire.transport import DEFAULT_STAGING_BYTES, make_transport
 
 HOST = "127.0.0.1"
@@ -154,11 +155,13 @@ def _rate_digests(
 
     def transfer(digests: str) -> list[int]:
         total = torch.zeros(len(whole), dtype=torch.int64, device=device)
+        beside = SideStream(device)
 
         def settle(of_batch: DigestPlan, pending: Pending) -> None:
             pending.wait()
             if digests == "overlapped":
-                of_batch.add_to(total)
+                with beside.after_current():
+                    of_batch.add_to(total)
 
         under_way: deque[tuple[DigestPlan, Pending]] = deque()
         for batch, of_batch in zip(batches, plans, strict=True):
@@ -171,6 +174,7 @@ def _rate_digests(
         transport.finish(TIMEOUT_S)
         if digests == "end":
             plan.add_to(total)
+        beside.join()
         found = unsigned(total)
         meet(f"digests/{next(met)}")
         return found

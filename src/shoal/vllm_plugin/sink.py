@@ -12,6 +12,7 @@ from shoal import vllm_compat
 from shoal.wire.digest import DigestPlan, Run, digests, unsigned
 from shoal.wire.plan import SlicePlan, dtype_from_name, dtype_name
 from shoal.wire.schedule import Message
+from shoal.wire.side_stream import SideStream
 
 _BYTES_PER_DIGEST = 256 << 20  # a launch takes some 0.1 ms, during which NCCL's next kernel may wait for it
 
@@ -78,6 +79,7 @@ class ParameterSink:
         self._layers = _group_by_layer(model, plan)
         self._tied = _tied_copies(model, self._layers)
         self._digests = torch.zeros(len(plan.slices), dtype=torch.int64, device=device)
+        self._beside = SideStream(device)
         self._shares = _shares_of(plan, self._layers)
         self._wants_digests = True
 
@@ -89,6 +91,7 @@ class ParameterSink:
         """
         self.close()
         self._wants_digests = with_digests
+        self._beside.join()
         self._digests.zero_()
         for layer in self._layers.values():
             layer.num_missing = layer.num_elements
@@ -123,7 +126,6 @@ class ParameterSink:
         """Return what lies where the piece was put, contiguous."""
         return message.target.view(self._resolve(self._plan.slices[message.slice_index].target)).contiguous()
 
-    @torch.no_grad()
     def settle(self, message: Message) -> None:
         """Count a piece that was placed; what is complete is digested, and a reloaded layer processed."""
         layer = self._layer(self._plan.slices[message.slice_index].target)
@@ -146,6 +148,7 @@ class ParameterSink:
                 self._complete(layer)
         for module in self._tied:
             vllm_compat.process_again(module)
+        self._beside.join()
         return unsigned(self._digests)
 
     def close(self) -> None:
@@ -161,13 +164,16 @@ class ParameterSink:
             vllm_compat.open_for_loading(layer.module)
             layer.is_open = True
 
+    @torch.no_grad()
     def _complete(self, layer: _Layer) -> None:
         for index in layer.fills:
             fill = self._plan.fills[index]
             fill.target_region.view(self._resolve(fill.target)).fill_(fill.value)
         if layer.is_reloaded:
             if self._wants_digests:
-                self._digests += digests(self._runs(layer.slices), len(self._plan.slices), self._device)
+                found = digests(self._runs(layer.slices), len(self._plan.slices), self._device)
+                self._beside.join()  # it adds to the same numbers
+                self._digests += found
             vllm_compat.process_and_close(layer.module)
             layer.is_open = False
         if layer.share is not None:
@@ -178,9 +184,10 @@ class ParameterSink:
     def _digest(self, share: _Share) -> None:
         if not self._wants_digests:
             return
-        if share.digests is None:
-            share.digests = DigestPlan(self._runs(share.slices), len(self._plan.slices), self._device)
-        share.digests.add_to(self._digests)
+        with self._beside.after_current():
+            if share.digests is None:
+                share.digests = DigestPlan(self._runs(share.slices), len(self._plan.slices), self._device)
+            share.digests.add_to(self._digests)
 
     def _runs(self, slices: Iterable[int]) -> list[Run]:
         pieces = [(index, self._plan.slices[index]) for index in slices]

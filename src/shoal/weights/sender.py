@@ -17,6 +17,7 @@ from shoal.wire.digest import DigestPlan, RepeatedDigests
 from shoal.wire.liveness import GoneError, LateError, patience_left
 from shoal.wire.plan import SlicePlan
 from shoal.wire.schedule import Holdings, num_ahead
+from shoal.wire.side_stream import SideStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class WeightSender:
         self._held = holdings[rank]
         self.pieces, self._batches = draw_batches(source, rank, holdings, lines, plans, batch_bytes)
         self._scratch = Scratch(max((batch.scratch_bytes for batch in self._batches), default=0), device)
+        self._beside = SideStream(device)
         self._in_place: tuple[list[Contents], DigestPlan] | None = None
         numbers = {piece: number for number, piece in enumerate(self.pieces)}
         self.slots = {
@@ -171,21 +173,24 @@ class _Sending:
             pending = self._post(contents)
             if self._verify != "off":
                 if contents.is_in_place:
-                    in_place.append(contents)  # a digest now would hold up what is to carry the next batch
+                    in_place.append(contents)  # in one launch, when all is under way
                 else:
                     if batch.digests is None:
                         batch.digests = RepeatedDigests(len(sender.pieces), sender._device)
-                    shares += batch.digests.compute(contents.runs)
+                    with sender._beside.after_current():
+                        shares += batch.digests.compute(contents.runs)
             under_way.append((batch, contents, pending))
             while len(under_way) > num_ahead(is_kept=contents.is_kept, goes_back=self._verify == "full"):
                 self._settle(*under_way.popleft())
         if in_place:
-            shares += sender.digests_in_place(in_place)
+            with sender._beside.after_current():
+                shares += sender.digests_in_place(in_place)
         for sent in under_way:
             self._settle(*sent)
         last_sent = time.monotonic()
         for index in tuple(self._live):
             self._guarded(index, lambda line: line.transport.finish(patience_left(last_sent, self._timeout_s)))
+        sender._beside.join()
         return SendReport(digests=shares.cpu(), lost=self._lost, mismatches=self._mismatches, num_bytes=self._num_bytes)
 
     def _post(self, contents: Contents) -> dict[int, Pending]:
@@ -204,6 +209,8 @@ class _Sending:
 
     def _settle(self, batch: Batch, contents: Contents, pending: dict[int, Pending]) -> None:
         """Wait until a batch is sent, so that its scratch can be used again; compare what comes back, if asked to."""
+        if not contents.is_in_place:
+            self._sender._beside.join()  # it may be being digested
         for index, sent in pending.items():
             if index in self._live:
                 self._guarded(index, lambda line, sent=sent: sent.wait())  # type: ignore[misc]

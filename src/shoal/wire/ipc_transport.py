@@ -23,7 +23,7 @@ from shoal.wire.ring import ALIGNMENT, Batch, Piece, RingReader, RingWriter, Sig
 
 _LIVENESS_PERIOD_S = 0.2
 _GLANCE_S = 20e-6  # between two looks of a caller that waits
-_SLEEP_S = 200e-6  # of the thread, which would take the interpreter from callers that have other work
+_SLEEP_S = 500e-6  # of the thread, which takes lock and interpreter from callers that have other work
 _JOIN_S = 5.0
 
 
@@ -61,6 +61,7 @@ class IpcTransport:
         self._writers: dict[int, RingWriter] = {}
         self._readers: dict[int, RingReader] = {}
         self._changed = threading.Condition()
+        self._num_movers = 0  # callers that wait, and move what they wait for
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="weight-ipc")
         try:
@@ -146,7 +147,8 @@ class IpcTransport:
                 raise self._failure
             for parcel in filled:
                 ends[parcel.peer].add(Piece(parcel.tensor, batch, stays=parcel.stays))
-            self._move()
+            while self._move():
+                pass
             self._changed.notify_all()
         return _IpcBatch(self, batch)
 
@@ -158,7 +160,8 @@ class IpcTransport:
                 with self._changed:
                     if self._failure is not None:
                         return
-                    self._move()
+                    if not self._num_movers:
+                        self._move()
                     busy = self._busy()
                     if not busy:
                         self._changed.wait(1.0)
@@ -186,11 +189,15 @@ class IpcTransport:
         The caller does it itself: it would wait for milliseconds for the thread to get the interpreter in between.
         """
         deadline = time.monotonic() + patience_s
-        while self._failure is None and not is_done():
-            if not self._move():
-                if time.monotonic() >= deadline:
-                    return False
-                self._changed.wait(_GLANCE_S)
+        self._num_movers += 1
+        try:
+            while self._failure is None and not is_done():
+                if not self._move():
+                    if time.monotonic() >= deadline:
+                        break
+                    self._changed.wait(_GLANCE_S)
+        finally:
+            self._num_movers -= 1
         return is_done()
 
     def _look_after(self, busy: list[RingWriter | RingReader]) -> None:

@@ -29,7 +29,7 @@ from shoal.wire.device_memory import HANDLE_BYTES, Copy, Moment, SharedMemory
 ALIGNMENT = 512
 _NUM_NOTES = 2048
 _LENT_PER_BURST = 32  # the next burst's memory is opened while those of the last one are copied
-_NUM_BURSTS = 2  # of a reader
+_NUM_BURSTS = 8  # of a reader, under way at once
 _NOTE = struct.Struct(f"<QQQ{HANDLE_BYTES}s")
 """What comes next. In the stream: how many bytes, 0, 0, the ring's handle. Lent: 0, if it stays, where, and in what."""
 
