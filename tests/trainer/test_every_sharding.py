@@ -21,6 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from shoal.testing import tiny_model
 
+# The first test's set-up runs every case, with a time-out from their number; this one only has to be longer.
+pytestmark = pytest.mark.timeout(3600)
+
 EXACT = 1e-9  # relative, in float64; the slightest mistake in a weight or a scale is far beyond
 IN_FLOAT32 = 1e-5  # the same in float32, in which DeepSpeed computes
 CUT = {"max_tokens_per_micro_batch": 80, "vllm_importance_sampling_clip_max": 1.15, "gradient_accumulation_steps": 3}
