@@ -119,7 +119,10 @@ class WeightSource(Protocol):
         ...
 
     def in_place(self) -> frozenset[str]:
-        """Name the parameters whose values `tensors` yields where they lie: they cost no memory, however many."""
+        """Name the parameters whose values `tensors` yields where they lie: they cost no memory, however many.
+
+        They are current as soon as `tensors` has yielded its first value.
+        """
         ...
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

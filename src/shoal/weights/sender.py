@@ -140,13 +140,23 @@ class WeightSender:
         for _ in stream:
             pass
 
-    def digests_in_place(self, contents: list[Contents]) -> torch.Tensor:
-        """Return `[pieces]` int64, this rank's shares of the digests of batches that lie in place."""
+    def expect_in_place(self) -> torch.Tensor | None:
+        """Digest what lay in place the last time, where it lay. It most likely still does, and nothing is sent yet."""
+        return None if self._in_place is None else self._in_place[1].compute()
+
+    def digests_in_place(self, contents: list[Contents], expected: torch.Tensor | None) -> torch.Tensor:
+        """Return `[pieces]` int64, this rank's shares of the digests of batches that lie in place.
+
+        Args:
+            contents: Of these batches.
+            expected: What `expect_in_place` returned.
+        """
         known = self._in_place
-        if known is None or len(known[0]) != len(contents) or not all(map(operator.is_, known[0], contents)):
-            runs = [run for of_batch in contents for run in of_batch.runs]
-            known = self._in_place = contents, DigestPlan(runs, len(self.pieces), self._device)
-        return known[1].compute()
+        if known is not None and len(known[0]) == len(contents) and all(map(operator.is_, known[0], contents)):
+            return known[1].compute() if expected is None else expected
+        plan = DigestPlan([run for of_batch in contents for run in of_batch.runs], len(self.pieces), self._device)
+        self._in_place = contents, plan
+        return plan.compute()
 
 
 class _Sending:
@@ -166,14 +176,18 @@ class _Sending:
         shares = torch.zeros(len(sender.pieces), dtype=torch.int64, device=sender._device)
         under_way: deque[tuple[Batch, Contents, dict[int, Pending]]] = deque()
         in_place: list[Contents] = []
-        for batch, contents in sender.loaded():
+        expected = None
+        for number, (batch, contents) in enumerate(sender.loaded()):
+            if number == 0 and self._verify != "off":
+                with sender._beside.after_current():
+                    expected = sender.expect_in_place()
             while contents.half is not None and any(former.half == contents.half for _, former, _ in under_way):
                 self._settle(*under_way.popleft())
             contents.fill()
             pending = self._post(contents)
             if self._verify != "off":
                 if contents.is_in_place:
-                    in_place.append(contents)  # in one launch, when all is under way
+                    in_place.append(contents)
                 else:
                     if batch.digests is None:
                         batch.digests = RepeatedDigests(len(sender.pieces), sender._device)
@@ -184,7 +198,7 @@ class _Sending:
                 self._settle(*under_way.popleft())
         if in_place:
             with sender._beside.after_current():
-                shares += sender.digests_in_place(in_place)
+                shares += sender.digests_in_place(in_place, expected)
         for sent in under_way:
             self._settle(*sent)
         last_sent = time.monotonic()
