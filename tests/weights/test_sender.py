@@ -170,11 +170,16 @@ class Still(Rows):
         yield from self.flat.items()
 
 
-def test_what_lies_still_is_sent_as_the_same_parcels_with_its_present_values() -> None:
+@pytest.mark.parametrize("expects", [False, True])
+def test_what_lies_still_is_sent_as_the_same_parcels_with_its_present_values(
+    expects: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wire, source = Wire("e", [frozenset()]), Still()
     sender = sender_of(
         [wire], [source], plans=(plan(("a", ROWS, "float32"), ("b", TENSORS["b"], "float32")),), batch_bytes=96
     )
+    if expects:  # as on a GPU
+        monkeypatch.setattr(sender, "expect_in_place", lambda: sender._in_place and sender._in_place[1].compute())
     reports = []
     for _ in range(3):
         reports.append(send(sender))

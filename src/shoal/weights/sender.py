@@ -141,8 +141,13 @@ class WeightSender:
             pass
 
     def expect_in_place(self) -> torch.Tensor | None:
-        """Digest what lay in place the last time, where it lay. It most likely still does, and nothing is sent yet."""
-        return None if self._in_place is None else self._in_place[1].compute()
+        """Digest what lay in place the last time, where it lay. It most likely still does, and nothing is sent yet.
+
+        Not on CPUs, where it would not run beside the sending but before it.
+        """
+        if self._in_place is None or self._device.type == "cpu":
+            return None
+        return self._in_place[1].compute()
 
     def digests_in_place(self, contents: list[Contents], expected: torch.Tensor | None) -> torch.Tensor:
         """Return `[pieces]` int64, this rank's shares of the digests of batches that lie in place.
