@@ -22,7 +22,8 @@ from shoal.wire.rendezvous import Store
 from shoal.wire.ring import ALIGNMENT, Batch, Piece, RingReader, RingWriter, Signals
 
 _LIVENESS_PERIOD_S = 0.2
-_GLANCE_S = 20e-6  # between two looks of a caller that waits
+_SPIN_S = 200e-6  # how long a caller that waits does not sleep: waking takes as long as half a batch
+_GLANCE_S = 20e-6  # between two looks after that
 _SLEEP_S = 500e-6  # of the thread, which takes lock and interpreter from callers that have other work
 _JOIN_S = 5.0
 
@@ -188,13 +189,20 @@ class IpcTransport:
 
         The caller does it itself: it would wait for milliseconds for the thread to get the interpreter in between.
         """
-        deadline = time.monotonic() + patience_s
+        moved = time.monotonic()
+        deadline = moved + patience_s
         self._num_movers += 1
         try:
             while self._failure is None and not is_done():
-                if not self._move():
-                    if time.monotonic() >= deadline:
-                        break
+                if self._move():
+                    moved = time.monotonic()
+                    continue
+                now = time.monotonic()
+                if now >= deadline:
+                    break
+                if now - moved < _SPIN_S:
+                    time.sleep(0)
+                else:
                     self._changed.wait(_GLANCE_S)
         finally:
             self._num_movers -= 1
