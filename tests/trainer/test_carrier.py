@@ -74,6 +74,22 @@ def test_one_pair_out_of_reach_is_enough_for_nccl(tmp_path: Path, monkeypatch: p
     assert [backend_for(engine, plan.trainers, config(tmp_path)) for engine in plan.engines] == ["ipc", "nccl"]
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_memory_that_nobody_else_can_open_goes_over_nccl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda own, other: True)
+    apart, shared = plan_on(2, "auto"), plan_on(1, "colocate")
+    for setting, backend in (
+        ("expandable_segments:False", "ipc"),
+        ("max_split_size_mb:64, expandable_segments:True", "nccl"),
+    ):
+        monkeypatch.setenv(name, setting)
+        assert backend_for(apart.engines[0], apart.trainers, config(tmp_path)) == backend
+        assert backend_for(shared.engines[0], shared.trainers, config(tmp_path)) == "ipc"
+
+
 def test_what_is_asked_for_is_used_or_refused(tmp_path: Path) -> None:
     apart, shared, on_cpu = plan_on(2, "auto"), plan_on(1, "colocate"), plan_on(0, "cpu")
     for backend in ("ipc", "nccl"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import cast
 
@@ -41,8 +42,16 @@ def backend_for(engine: EnginePlacement, trainers: Sequence[Device], args: GRPOC
         )
     if asked != "auto":
         return cast(Backend, asked)
+    if engine.colocated:
+        return "ipc"
     own, others = ([device.index for device in devices] for devices in (engine.devices, trainers))
-    return "ipc" if engine.colocated or can_open(own, others) else "nccl"
+    return "ipc" if can_open(own, others) and not _has_expandable_segments() else "nccl"
+
+
+def _has_expandable_segments() -> bool:
+    """Whether torch takes memory that no other process can open, so that all would go through staging memory."""
+    settings = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    return any("expandable_segments:true" in text.lower().replace(" ", "") for text in settings)
 
 
 def opened_devices(engine: EnginePlacement, trainers: Sequence[Device], backend: Backend) -> tuple[str, ...]:
