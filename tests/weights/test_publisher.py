@@ -642,7 +642,7 @@ def test_an_engine_that_does_not_come_is_named_within_the_time_out(connected: Ma
 
 
 def test_an_engine_of_another_model_is_refused_naming_the_parameter(connected: Make) -> None:
-    site = connected(timeout_s=2)
+    site = connected()
     site.engines[1].workers[0].model.register_module("extra", Layer(3))
     with pytest.raises(WeightSyncError, match=r"engine-1 worker 0 failed at shoal_meet: PlanError.*extra\.weight"):
         site.connect()
