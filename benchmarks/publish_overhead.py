@@ -14,16 +14,18 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from shoal.bench.pair import run_as_pair
+from shoal.bench.shapes import SHAPES, qwen3_config
 from shoal.protocols import WeightTransport
 from shoal.vllm_plugin.receiver import WeightReceiver, _Intake
 from shoal.vllm_plugin.sink import ParameterSink
@@ -33,12 +35,12 @@ from shoal.wire.device_memory import Copy
 from shoal.wire.ipc_transport import IpcTransport
 from shoal.wire.liveness import Peers
 from shoal.wire.plan import Region, Slice, SlicePlan
-from shoal.wire.rendezvous import Store, host_store, join_store
+from shoal.wire.rendezvous import Store
 from shoal.wire.schedule import assign, batches, messages
 
-HOST = "127.0.0.1"
 CPU = torch.device("cpu")
 TIMEOUT_S = 60.0
+SHAPE = replace(SHAPES["qwen3-8b"], hidden=64, intermediate=192, heads=8, kv_heads=2, head_dim=8, vocabulary=2400)
 REAL_BYTES = 16_381_470_720
 NUM_BATCHES = 122
 NUM_WARM_UPS = 3
@@ -126,24 +128,16 @@ class Line:
 
 
 def main() -> None:
-    """Start the worker, be the trainer, print the result."""
+    """Measure, print the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--gb-per-s", type=float, default=1400.0, help="of the copies (default: within one H200)")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.port:
-        _member(arguments, join_store(HOST, arguments.port, TIMEOUT_S), rank=1)
+    seconds = run_as_pair(partial(_member, arguments), port=arguments.port, timeout_s=TIMEOUT_S)
+    if seconds is None:
         return
-    store = host_store(HOST, TIMEOUT_S)
-    worker = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--port", str(store.port)])
-    try:
-        seconds = _member(arguments, store, rank=0)
-        worker.wait(timeout=TIMEOUT_S)
-    finally:
-        worker.kill()
-        worker.wait()
     copies_ms = REAL_BYTES / arguments.gb_per_s / 1e6
     publish_ms = 1e3 * statistics.median(seconds[NUM_WARM_UPS:])
     print(json.dumps({"copies_ms": round(copies_ms, 2), "publish_ms": round(publish_ms, 2), "cores": os.cpu_count()}))
@@ -201,19 +195,9 @@ def _member(arguments: argparse.Namespace, store: Store, rank: int) -> list[floa
 
 def _model() -> nn.Module:
     """Return a model with as many parameters as Qwen3-8B, in about its proportions."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=36,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=2400,
-        tie_word_embeddings=False,
-    )
-    model: nn.Module = Qwen3ForCausalLM(config)
+    model: nn.Module = Qwen3ForCausalLM(qwen3_config(SHAPE))
     return model.to(torch.bfloat16)
 
 

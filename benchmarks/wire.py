@@ -22,19 +22,19 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
+from shoal.bench.pair import run_as_pair
 from shoal.protocols import Parcel, Pending, WeightTransport
 from shoal.wire.digest import DigestPlan, Run, unsigned
-from shoal.wire.rendezvous import Store, host_store, join_store
+from shoal.wire.rendezvous import Store
 from shoal.wire.schedule import num_ahead
 from shoal.wire.side_stream import SideStream
 from shoal.wire.transport import DEFAULT_STAGING_BYTES, make_transport
@@ -44,19 +44,11 @@ TIMEOUT_S = 120.0
 
 
 def main() -> None:
-    """Start the worker, be the trainer, print the result."""
+    """Measure, print the result."""
     arguments = _arguments()
-    if arguments.port:
-        _member(arguments, join_store(HOST, arguments.port, TIMEOUT_S), rank=1)
+    rates = run_as_pair(partial(_member, arguments), port=arguments.port, timeout_s=TIMEOUT_S)
+    if rates is None:
         return
-    store = host_store(HOST, TIMEOUT_S)
-    worker = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--port", str(store.port)])
-    try:
-        rates = _member(arguments, store, rank=0)
-        worker.wait(timeout=TIMEOUT_S)
-    finally:
-        worker.kill()
-        worker.wait()
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     machine = {"gpus": gpus, "python": platform.python_version(), "torch": torch.__version__, "nccl": nccl}

@@ -14,22 +14,7 @@ from shoal.placement.parse import parse_devices
 from shoal.placement.plan import place, place_trainers
 from shoal.placement.records import PlacementPlan, PlacementRequest
 from shoal.placement.suggest import suggest
-
-DEFAULT = PlacementRequest(
-    num_trainer_processes=1,
-    vllm_devices="auto",
-    tensor_parallel_size=1,
-    pipeline_parallel_size=1,
-    num_engines=None,
-    num_attention_heads=None,
-    num_key_value_heads=None,
-    num_hidden_layers=None,
-    cpu_cores=(0, 1),
-)
-
-
-def plan_for(num_gpus: int, **changes: object) -> PlacementPlan:
-    return place(hypothetical_gpus(range(num_gpus)), replace(DEFAULT, **changes))  # type: ignore[arg-type]
+from shoal.testing.placement import plan_on
 
 
 def engines_of(plan: PlacementPlan) -> list[list[str]]:
@@ -38,83 +23,83 @@ def engines_of(plan: PlacementPlan) -> list[list[str]]:
 
 def refusal_of(num_gpus: int, **changes: object) -> str:
     with pytest.raises(PlacementError) as refusal:
-        plan_for(num_gpus, **changes)
+        plan_on(num_gpus, **changes)
     return str(refusal.value)
 
 
 def test_auto_gives_engines_every_gpu_that_the_trainer_leaves() -> None:
-    plan = plan_for(8, num_trainer_processes=2, tensor_parallel_size=2)
+    plan = plan_on(8, num_trainer_processes=2, tensor_parallel_size=2)
     assert [device.label for device in plan.trainers] == ["cuda:0", "cuda:1"]
     assert engines_of(plan) == [["cuda:2", "cuda:3"], ["cuda:4", "cuda:5"], ["cuda:6", "cuda:7"]]
     assert plan.warnings == ()
 
 
 def test_with_nothing_left_engines_share_the_trainers_gpus_and_a_warning_says_so() -> None:
-    plan = plan_for(2, num_trainer_processes=2)
+    plan = plan_on(2, num_trainer_processes=2)
     assert engines_of(plan) == [["cuda:0"], ["cuda:1"]]
     assert all(engine.colocated for engine in plan.engines)
     assert "Launch 1 trainer process " in plan.warnings[0]
 
 
 def test_a_single_gpu_is_shared_and_the_warning_names_the_memory_setting() -> None:
-    plan = plan_for(1)
+    plan = plan_on(1)
     assert plan.engines[0].colocated
     assert "vllm_gpu_memory_utilization" in plan.warnings[0]
 
 
 def test_colocation_that_was_asked_for_is_not_warned_about() -> None:
-    plan = plan_for(2, num_trainer_processes=2, vllm_devices="colocate")
+    plan = plan_on(2, num_trainer_processes=2, vllm_devices="colocate")
     assert [engine.colocated for engine in plan.engines] == [True, True]
     assert plan.warnings == ()
 
 
 def test_an_explicit_list_is_obeyed_in_its_order() -> None:
-    assert engines_of(plan_for(8, vllm_devices="cuda:7,4-6", tensor_parallel_size=2)) == [
+    assert engines_of(plan_on(8, vllm_devices="cuda:7,4-6", tensor_parallel_size=2)) == [
         ["cuda:7", "cuda:4"],
         ["cuda:5", "cuda:6"],
     ]
 
 
 def test_an_explicit_list_that_overlaps_the_trainer_is_warned_about_with_what_to_set() -> None:
-    plan = plan_for(4, vllm_devices="0,3")
+    plan = plan_on(4, vllm_devices="0,3")
     assert [engine.colocated for engine in plan.engines] == [True, False]
     assert 'Set vllm_devices="auto"' in plan.warnings[0]
     assert "cuda:1, cuda:2 will be idle" in plan.warnings[1]
 
 
 def test_fewer_engines_than_fit_leave_gpus_idle_with_a_warning() -> None:
-    plan = plan_for(4, num_engines=1)
+    plan = plan_on(4, num_engines=1)
     assert [device.label for device in plan.idle] == ["cuda:2", "cuda:3"]
     assert "leave vllm_num_engines unset" in plan.warnings[0]
 
 
 def test_two_engines_on_two_cores_get_one_core_each() -> None:
-    plan = plan_for(0)
+    plan = plan_on(0)
     assert [engine.cpu_cores for engine in plan.engines] == [(0,), (1,)]
     assert plan.warnings == ()
 
 
 def test_one_core_gets_one_engine() -> None:
-    assert [engine.cpu_cores for engine in plan_for(0, cpu_cores=(5,)).engines] == [(5,)]
+    assert [engine.cpu_cores for engine in plan_on(0, cpu_cores=(5,)).engines] == [(5,)]
 
 
 def test_workers_of_a_cpu_engine_share_its_cores() -> None:
-    plan = plan_for(0, tensor_parallel_size=2)
+    plan = plan_on(0, tensor_parallel_size=2)
     assert engines_of(plan) == [["cpu", "cpu"], ["cpu", "cpu"]]
     assert [engine.cpu_cores for engine in plan.engines] == [(0,), (1,)]
 
 
 def test_cores_are_divided_as_evenly_as_they_come_out() -> None:
-    plan = plan_for(0, vllm_devices="cpu:3", cpu_cores=(2, 3, 5, 7, 11))
+    plan = plan_on(0, vllm_devices="cpu:3", cpu_cores=(2, 3, 5, 7, 11))
     assert [engine.cpu_cores for engine in plan.engines] == [(2,), (3, 5), (7, 11)]
 
 
 def test_more_cpu_engines_than_cores_are_warned_about() -> None:
-    assert "Set vllm_num_engines=2" in plan_for(0, num_engines=3).warnings[0]
+    assert "Set vllm_num_engines=2" in plan_on(0, num_engines=3).warnings[0]
 
 
 def test_pipeline_stages_on_cpus_are_warned_about() -> None:
-    assert "vllm_pipeline_parallel_size=1" in plan_for(0, pipeline_parallel_size=2).warnings[0]
+    assert "vllm_pipeline_parallel_size=1" in plan_on(0, pipeline_parallel_size=2).warnings[0]
 
 
 def test_a_size_that_does_not_divide_lists_the_gpus_and_what_would_fit() -> None:
@@ -145,7 +130,7 @@ def test_heads_that_do_not_divide_are_refused_with_the_sizes_that_do() -> None:
 def test_fewer_key_value_heads_than_workers_fit_when_they_are_copied_evenly(kv_heads: int, fits: bool) -> None:
     changes = {"tensor_parallel_size": 4, "num_attention_heads": 24, "num_key_value_heads": kv_heads}
     if fits:
-        assert len(plan_for(5, **changes).engines) == 1
+        assert len(plan_on(5, **changes).engines) == 1
     else:
         assert f"{kv_heads} key/value heads" in refusal_of(5, **changes)
 

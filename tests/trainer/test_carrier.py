@@ -9,25 +9,8 @@ import pytest
 
 from shoal import GRPOConfig
 from shoal.errors import ConfigError
-from shoal.placement.devices import hypothetical_gpus
-from shoal.placement.plan import place
-from shoal.placement.records import PlacementPlan, PlacementRequest
+from shoal.testing.placement import plan_on
 from shoal.trainer.carrier import backend_for, opened_devices
-
-
-def plan_on(num_gpus: int, devices: str, *, ranks: int = 1, tp: int = 1) -> PlacementPlan:
-    request = PlacementRequest(
-        num_trainer_processes=ranks,
-        vllm_devices=devices,
-        tensor_parallel_size=tp,
-        pipeline_parallel_size=1,
-        num_engines=None,
-        num_attention_heads=None,
-        num_key_value_heads=None,
-        num_hidden_layers=None,
-        cpu_cores=(0, 1),
-    )
-    return place(hypothetical_gpus(range(num_gpus)), request)
 
 
 def config(tmp_path: Path, backend: str = "auto", **settings: Any) -> GRPOConfig:
@@ -58,7 +41,7 @@ def test_an_engine_that_reaches_the_trainers_memory_opens_it_and_sees_their_gpus
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda own, other: reaches)
-    plan, args = plan_on(gpus, devices, ranks=ranks, tp=tp), config(tmp_path)
+    plan, args = plan_on(gpus, devices, num_trainer_processes=ranks, tensor_parallel_size=tp), config(tmp_path)
     chosen = [backend_for(engine, plan.trainers, args) for engine in plan.engines]
     assert chosen == backends
     seen = [
@@ -70,7 +53,7 @@ def test_an_engine_that_reaches_the_trainers_memory_opens_it_and_sees_their_gpus
 def test_one_pair_out_of_reach_is_enough_for_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda own, other: (own, other) != (3, 1))
-    plan = plan_on(4, "auto", ranks=2)
+    plan = plan_on(4, "auto", num_trainer_processes=2)
     assert [backend_for(engine, plan.trainers, config(tmp_path)) for engine in plan.engines] == ["ipc", "nccl"]
 
 

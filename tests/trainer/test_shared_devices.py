@@ -12,10 +12,10 @@ import torch
 from shoal import GRPOConfig, GRPOTrainer
 from shoal.errors import ConfigError, EngineError
 from shoal.observe.ledger import TimeLedger
-from shoal.placement.devices import CPU, Device
-from shoal.placement.plan import place
-from shoal.placement.records import EnginePlacement, PlacementPlan, PlacementRequest
+from shoal.placement.devices import CPU
+from shoal.placement.records import EnginePlacement, PlacementPlan
 from shoal.testing import tiny_model
+from shoal.testing.placement import plan_on
 from shoal.testing.ranks import ThreadRanks, on_ranks
 from shoal.testing.trainer import ReferenceTrainer
 from shoal.trainer.engine_side import EngineSide
@@ -30,31 +30,14 @@ def config(**settings: Any) -> GRPOConfig:
     return GRPOConfig(output_dir="unused", report_to="none", use_cpu=True, bf16=False, **settings)
 
 
-def plan_on(num_gpus: int, devices: str, *, trainers: int = 1) -> PlacementPlan:
-    """A plan for a host with so many GPUs, which is never touched."""
-    gpus = [Device(kind="cuda", index=i, memory_bytes=None, name="", visible_id=str(i)) for i in range(num_gpus)]
-    return place(
-        gpus,
-        PlacementRequest(
-            num_trainer_processes=trainers,
-            vllm_devices=devices,
-            tensor_parallel_size=1,
-            pipeline_parallel_size=1,
-            num_engines=None,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_hidden_layers=2,
-            cpu_cores=(0,),
-        ),
-    )
-
-
 @pytest.mark.parametrize(
     ("plan", "setting", "expected"),
     [
         pytest.param(plan_on(1, "auto"), None, [True], id="one GPU for everything"),
-        pytest.param(plan_on(2, "colocate", trainers=2), None, [True, True], id="colocated"),
-        pytest.param(plan_on(2, "colocate", trainers=2), False, [False, False], id="colocated, told not to"),
+        pytest.param(plan_on(2, "colocate", num_trainer_processes=2), None, [True, True], id="colocated"),
+        pytest.param(
+            plan_on(2, "colocate", num_trainer_processes=2), False, [False, False], id="colocated, told not to"
+        ),
         pytest.param(plan_on(2, "cuda:0,cuda:1"), True, [True, False], id="one shared, one not"),
         pytest.param(plan_on(2, "auto"), None, [False], id="a GPU of its own"),
         pytest.param(plan_on(0, "cpu:2"), None, [False, False], id="CPUs"),

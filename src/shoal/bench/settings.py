@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -12,7 +12,7 @@ from shoal.bench.shapes import SHAPES
 from shoal.engines.command import EngineSpec
 from shoal.engines.process import choose_ports
 from shoal.errors import ConfigError
-from shoal.placement.devices import Device
+from shoal.placement.devices import Device, visible_ids_beside
 from shoal.wire.agreement import Verify
 from shoal.wire.device_memory import can_open
 from shoal.wire.transport import Backend
@@ -174,7 +174,9 @@ def engine_specs(
         devices: The GPUs that this process may use.
         extra_arguments: Further options of `vllm serve`.
     """
-    visible = {device.index: device.visible_id for device in devices}
+    present = {device.index: device for device in devices}
+    own = [[present[index] for index in settings.devices_of_engine(engine)] for engine in range(settings.num_engines)]
+    trainers = [present[rank] for rank in range(settings.num_ranks)] if settings.backend == "ipc" else []
     sequences = max(_LEAST_SEQUENCES, -(-settings.running_requests // settings.num_engines))
     options: dict[str, object] = {"max-num-seqs": sequences}
     if settings.enforce_eager:
@@ -184,8 +186,8 @@ def engine_specs(
             name=f"engine-{index}",
             model_dir=folder / "model",
             port=port,
-            cuda_devices=tuple(visible[device] for device in settings.devices_of_engine(index)),
-            opened_devices=_opened(settings, index, visible),
+            cuda_devices=tuple(device.visible_id for device in own[index]),
+            opened_devices=visible_ids_beside(own[index], trainers),
             cpu_cores=(),
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=1,
@@ -200,13 +202,6 @@ def engine_specs(
         )
         for index, port in enumerate(choose_ports(settings.num_engines, None))
     ]
-
-
-def _opened(settings: BenchSettings, engine: int, visible: Mapping[int, str]) -> tuple[str, ...]:
-    if settings.backend != "ipc":
-        return ()
-    own = settings.devices_of_engine(engine)
-    return tuple(visible[rank] for rank in range(settings.num_ranks) if rank not in own)
 
 
 def _listed(indices: Sequence[int]) -> str:

@@ -22,7 +22,7 @@ from shoal.bench.launch import run_to_end, with_ranks
 from shoal.bench.memory import MemoryWatch, Probe, resident, used_on_gpus
 from shoal.bench.results import store
 from shoal.bench.step_progress import StepProgress
-from shoal.bench.step_report import StepReport, Trainer, result_paths
+from shoal.bench.step_report import StepReport, Trainer, result_paths, run_of
 from shoal.bench.step_run import StepRun
 from shoal.bench.step_settings import StepSettings, write_model
 from shoal.bench.step_trl_server import trl_server, why_not_trl
@@ -92,7 +92,7 @@ def run_step_bench(
         able = [report for report in reports if _can_have_trl(report, request, skip_trl=skip_trl)]
         if able:
             visible = {device.index: device.visible_id for device in used}
-            with trl_server(_run_of(able), folder, visible) as url:
+            with trl_server(run_of(able), folder, visible) as url:
                 _measure("trl", able, place, *([url] if url else []))
     is_done = request.reason is None and not any("shoal" in report.reasons for report in reports)
     if is_done:
@@ -115,7 +115,7 @@ def _can_have_trl(report: StepReport, request: EndRequest, *, skip_trl: bool) ->
 
 def _measure(trainer: Trainer, reports: Sequence[StepReport], place: _Place, *words: str) -> None:
     """Run a trainer through the parts of these reports, and store and print its figures."""
-    run, answer = _run_of(reports), place.folder / f"{trainer}.json"
+    run, answer = run_of(reports), place.folder / f"{trainer}.json"
     words = (str(answer), str(place.folder), run.to_json(), *words)
     command = with_ranks(f"shoal.bench.step_{trainer}", words, run.common.num_ranks)
     failure = None
@@ -149,10 +149,6 @@ def _finish(reports: Sequence[StepReport]) -> None:
         _say(f"stored in {report.path}")
     for data in found:
         _say(json.dumps(data))
-
-
-def _run_of(reports: Sequence[StepReport]) -> StepRun:
-    return StepRun(parts=tuple(report.settings for report in reports))
 
 
 def _probe(devices: Sequence[Device]) -> Probe:

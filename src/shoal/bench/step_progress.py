@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shoal.bench.results import store
-from shoal.bench.step_report import StepReport, Trainer, measured_from
-from shoal.bench.step_run import StepRun
+from shoal.bench.step_report import StepReport, Trainer, measured_from, run_of
 
 
 class StepProgress:
@@ -26,7 +25,7 @@ class StepProgress:
         self._reports = reports
         self._answer = answer
         self._peak = peak
-        self._run = StepRun(parts=tuple(report.settings for report in reports))
+        self._run = run_of(reports)
         self._seen_ns = 0
 
     def look(self) -> None:

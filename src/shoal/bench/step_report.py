@@ -226,6 +226,11 @@ class StepReport:
         }
 
 
+def run_of(reports: Sequence[StepReport]) -> StepRun:
+    """Return what a trainer does whose figures go into these reports."""
+    return StepRun(parts=tuple(report.settings for report in reports))
+
+
 def result_paths(run: StepRun, output: Path | None) -> list[Path]:
     """Return where the results of each part go.
 

@@ -88,6 +88,12 @@ def hypothetical_gpus(indices: Sequence[int]) -> tuple[Device, ...]:
     )
 
 
+def visible_ids_beside(own: Sequence[Device], others: Sequence[Device]) -> tuple[str, ...]:
+    """Return the `visible_id` of each of some other GPUs, once; left out are a process's own."""
+    names = {device.visible_id for device in own}
+    return tuple(name for name in dict.fromkeys(device.visible_id for device in others) if name not in names)
+
+
 def usable_cpu_cores() -> tuple[int, ...]:
     """List the CPU cores that the scheduler lets this process run on, in ascending order."""
     if hasattr(os, "sched_getaffinity"):

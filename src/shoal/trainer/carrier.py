@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import cast
 
 from shoal.config import GRPOConfig
 from shoal.errors import ConfigError
-from shoal.placement.devices import Device
+from shoal.placement.devices import Device, visible_ids_beside
 from shoal.placement.records import EnginePlacement
 from shoal.wire.device_memory import can_open
 from shoal.wire.transport import Backend
@@ -45,17 +44,9 @@ def backend_for(engine: EnginePlacement, trainers: Sequence[Device], args: GRPOC
     if engine.colocated:
         return "ipc"
     own, others = ([device.index for device in devices] for devices in (engine.devices, trainers))
-    return "ipc" if can_open(own, others) and not _has_expandable_segments() else "nccl"
+    return "ipc" if can_open(own, others) else "nccl"
 
 
-def _has_expandable_segments() -> bool:
-    """Whether torch takes memory that no other process can open, so that all would go through staging memory."""
-    settings = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
-    return any("expandable_segments:true" in text.lower().replace(" ", "") for text in settings)
-
-
-def opened_devices(engine: EnginePlacement, trainers: Sequence[Device], backend: Backend) -> tuple[str, ...]:
+def opened_devices(engine: EnginePlacement, trainers: Sequence[Device], backend: Backend | None) -> tuple[str, ...]:
     """Return the GPUs beside its own that an engine's processes must see, as `CUDA_VISIBLE_DEVICES` names them."""
-    own = {device.visible_id for device in engine.devices}
-    seen = dict.fromkeys(device.visible_id for device in trainers)
-    return tuple(name for name in seen if name not in own) if backend == "ipc" else ()
+    return visible_ids_beside(engine.devices, trainers) if backend == "ipc" else ()

@@ -128,8 +128,7 @@ def draw_blueprint(plan: PlacementPlan, *, model: nn.Module, args: GRPOConfig, m
     if args.trust_remote_code:
         extra.setdefault("trust-remote-code", True)
 
-    is_local = args.vllm_launcher == "local"
-    backends = {engine.name: backend_for(engine, plan.trainers, args) for engine in plan.engines if is_local}
+    backends = {engine.name: backend_for(engine, plan.trainers, args) for engine in plan.engines}
 
     def spec(engine: EnginePlacement, port: int) -> EngineSpec:
         return EngineSpec(
@@ -137,7 +136,7 @@ def draw_blueprint(plan: PlacementPlan, *, model: nn.Module, args: GRPOConfig, m
             model_dir=Path(args.output_dir) / "engines" / "model",
             port=port,
             cuda_devices=tuple(device.visible_id for device in engine.devices if device.kind == "cuda"),
-            opened_devices=opened_devices(engine, plan.trainers, backends.get(engine.name, "gloo")),
+            opened_devices=opened_devices(engine, plan.trainers, backends.get(engine.name)),
             cpu_cores=engine.cpu_cores,
             tensor_parallel_size=engine.tensor_parallel_size,
             pipeline_parallel_size=engine.pipeline_parallel_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,6 +61,26 @@ class Line(Protocol):
         ...
 
 
+class _Half:
+    """One half of a scratch; the memory is there once something is put into it."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._num_bytes = num_bytes
+        self._device = device
+        self._memory: torch.Tensor | None = None
+
+    def rooms(self, views: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+        """Return contiguous tensors of these shapes and types, one after the other from its beginning."""
+        if self._memory is None:
+            self._memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
+        rooms, offset = [], 0
+        for view, dtype in zip(views, dtypes, strict=True):
+            num_bytes = view.numel() * dtype.itemsize
+            rooms.append(self._memory[offset : offset + num_bytes].view(dtype).view(view.shape))
+            offset += _aligned(num_bytes)
+        return rooms
+
+
 class Scratch:
     """Memory for what is not sent from where it lies: two halves, filled in turn, which stay from publish to publish.
 
@@ -70,17 +91,11 @@ class Scratch:
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.device = device
-        self._num_bytes = num_bytes
-        self._halves: list[torch.Tensor | None] = [None, None]
-        self._turn = 0
+        self._turns = itertools.cycle([_Half(num_bytes, device), _Half(num_bytes, device)])
 
-    def take(self) -> tuple[int, torch.Tensor]:
-        """Return the number and the bytes of the half whose turn it is."""
-        number, self._turn = self._turn, 1 - self._turn
-        half = self._halves[number]
-        if half is None:
-            half = self._halves[number] = torch.empty(self._num_bytes, dtype=torch.uint8, device=self.device)
-        return number, half
+    def take(self) -> _Half:
+        """Return the half whose turn it is."""
+        return next(self._turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,7 @@ class Contents:
         parcels: The same, by line.
         runs: What is digested.
         half: Of the scratch, where some of it has to be copied there first.
-        copies: To where, and of what.
+        copies: To where there, and of what.
         is_kept: Whether it takes no memory that is not kept anyway.
     """
 
@@ -101,7 +116,7 @@ class Contents:
     tensors: Sequence[torch.Tensor]
     parcels: Mapping[int, Sequence[Parcel]]
     runs: Sequence[Run]
-    half: int | None
+    half: _Half | None
     copies: tuple[list[torch.Tensor], list[torch.Tensor]]
     is_kept: bool
 
@@ -156,7 +171,18 @@ class Batch:
             return last
         by_name = dict(zip(self.names, values, strict=True))
         views = [piece.region.view(by_name[piece.source], first=held[piece.source].start) for piece in self.loads]
-        tensors, stays, half, copies = self._arrange(views, scratch)
+        dtypes = [dtype_from_name(piece.dtype) for piece in self.loads]
+        moved = [
+            index
+            for index, (view, dtype) in enumerate(zip(views, dtypes, strict=True))
+            if not (view.dtype == dtype and view.device == scratch.device and view.is_contiguous())
+        ]
+        half = scratch.take() if moved else None
+        sources = [views[index] for index in moved]
+        rooms = half.rooms(sources, [dtypes[index] for index in moved]) if half is not None else []
+        tensors, stays = list(views), [piece.source in self.views for piece in self.loads]
+        for index, room in zip(moved, rooms, strict=True):
+            tensors[index], stays[index] = room, True
         found = Contents(
             values=tuple(values),
             tensors=tensors,
@@ -166,33 +192,11 @@ class Batch:
             },
             runs=[Run(tensors[index], start, slot) for index, start, slot in self.runs],
             half=half,
-            copies=copies,
+            copies=(rooms, sources),
             is_kept=all(stays),
         )
         self._last = found if found.is_kept and self.views.issuperset(self.names) else None
         return found
-
-    def _arrange(
-        self, views: Sequence[torch.Tensor], scratch: Scratch
-    ) -> tuple[list[torch.Tensor], list[bool], int | None, tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Find room for what cannot be sent as it is. Returns what is sent, which of it stays, the half, the copies."""
-        tensors, stays = list(views), [piece.source in self.views for piece in self.loads]
-        half, memory, offset = None, torch.empty(0), 0
-        targets: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        for index, (piece, view) in enumerate(zip(self.loads, views, strict=True)):
-            dtype = dtype_from_name(piece.dtype)
-            if view.dtype == dtype and view.device == scratch.device and view.is_contiguous():
-                continue
-            if half is None:
-                half, memory = scratch.take()
-            num_bytes = view.numel() * dtype.itemsize
-            tensors[index] = memory[offset : offset + num_bytes].view(dtype).view(view.shape)
-            stays[index] = True
-            offset += _aligned(num_bytes)
-            targets.append(tensors[index])
-            sources.append(view)
-        return tensors, stays, half, (targets, sources)
 
 
 def draw_batches(

@@ -186,7 +186,7 @@ class _Sending:
             if number == 0 and self._verify != "off":
                 with sender._beside.after_current():
                     expected = sender.expect_in_place()
-            while contents.half is not None and any(former.half == contents.half for _, former, _ in under_way):
+            while contents.half is not None and any(former.half is contents.half for _, former, _ in under_way):
                 self._settle(*under_way.popleft())
             contents.fill()
             pending = self._post(contents)

@@ -7,6 +7,7 @@ said that it let go: each engine that is killed would cost the trainer its stagi
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -260,9 +261,22 @@ class CudaMemory:
 
 
 def can_open(receivers: Iterable[int], senders: Sequence[int]) -> bool:
-    """Whether each of some GPUs reaches the memory of each of others, or is the same; by torch's numbers."""
+    """Whether processes on some GPUs can open what this process's torch has on others; by torch's numbers.
+
+    Not so if a GPU is out of reach, or if torch takes memory that no other process can open: all would then go through
+    staging memory.
+    """
     pairs = [(own, other) for own in receivers for other in senders if own != other]
-    return torch.cuda.is_available() and all(torch.cuda.can_device_access_peer(own, other) for own, other in pairs)
+    return (
+        torch.cuda.is_available()
+        and not _has_expandable_segments()
+        and all(torch.cuda.can_device_access_peer(own, other) for own, other in pairs)
+    )
+
+
+def _has_expandable_segments() -> bool:
+    settings = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    return any("expandable_segments:true" in text.lower().replace(" ", "") for text in settings)
 
 
 def _uuid(index: int) -> str:

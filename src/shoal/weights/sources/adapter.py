@@ -67,21 +67,20 @@ class AdapterSource:
         # Found once: going through all modules takes longer than sending what they hold.
         self._layers = tuple(_adapted_layers(self._model, self._adapter))
         self._sharded = tuple(module for module in self._model.modules() if isinstance(module, FSDPModule))
+        factors = list(self._factors())
         self._metadata = tuple(
             ParameterMeta(
                 name=factor.name, dtype=dtype_name(wire_dtype or factor.value.dtype), shape=factor.value.shape
             )
-            for factor in self._factors()
+            for factor in factors
         )
         types = {meta.dtype for meta in self._metadata}
         self._copy: _ScaledCopy | None = None
-        if len(types) == 1 and all(isinstance(factor.value, WholeTensor) for factor in self._factors()):
+        if len(types) == 1 and all(isinstance(factor.value, WholeTensor) for factor in factors):
             self._copy = _ScaledCopy([meta.name for meta in self._metadata], dtype_from_name(types.pop()))
         if not self._metadata:
             raise ConfigError(f"no layer of the model has the adapter {self._adapter!r}, so there is nothing to send.")
-        self._held = {
-            factor.name: factor.value.interval for factor in self._factors() if factor.value.interval.size > 0
-        }
+        self._held = {factor.name: factor.value.interval for factor in factors if factor.value.interval.size > 0}
 
     def metadata(self) -> tuple[ParameterMeta, ...]:
         """Describe both factors of every adapted layer."""
@@ -141,7 +140,6 @@ class _ScaledCopy:
     def __init__(self, names: Sequence[str], dtype: torch.dtype) -> None:
         self._names = tuple(names)
         self._dtype = dtype
-        self._memory = torch.empty(0)
         self._rooms: list[torch.Tensor] = []
         self._sent: list[tuple[str, torch.Tensor]] = []
 
@@ -155,10 +153,9 @@ class _ScaledCopy:
             products = torch._foreach_mul(exact, [scalings[index] for index in scaled])
             for index, product in zip(scaled, products, strict=True):
                 values[index] = product
-        if not self._sent or self._memory.device != values[0].device:
+        if not self._rooms or self._rooms[0].device != values[0].device:
             sizes = [value.numel() for value in values]
-            self._memory = torch.empty(sum(sizes), dtype=self._dtype, device=values[0].device)
-            parts = torch.split(self._memory, sizes)
+            parts = torch.split(torch.empty(sum(sizes), dtype=self._dtype, device=values[0].device), sizes)
             self._rooms = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
             self._sent = list(zip(self._names, parts, strict=True))
         torch._foreach_copy_(self._rooms, values)
