@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from shoal.bench.step_report import StepReport, architecture_of, measured_from, 
 from shoal.bench.step_run import StepRun
 from shoal.bench.step_settings import StepSettings, check_step, make_dataset, reward, write_model
 from shoal.bench.step_shoal import FixedWorkTrainer, shoal_config
+from shoal.bench.step_trl import trl_arguments
 from shoal.errors import ConfigError
+from shoal.placement.devices import Device
 from shoal.testing.trainer import ReferenceTrainer
 
 CPU = StepSettings(
@@ -133,6 +136,41 @@ def test_both_trainers_are_run_stored_and_compared_or_missed_with_the_reason(
     else:
         assert (last["step_s"], last["trl_step_s"], last["ratio_to_trl"]) == (2.0, 5.0, 2.5)
         assert last["tokens_per_s"] == 20.0
+
+
+def test_trl_sees_the_trainers_gpus_and_not_those_of_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, str] = {}
+
+    def note(command: Any, log: Path, *, environment: dict[str, str], **_: Any) -> None:
+        seen[log.stem] = environment["CUDA_VISIBLE_DEVICES"]
+
+    monkeypatch.setattr(step, "run_to_end", note)
+    monkeypatch.setattr(step, "_probe", lambda devices: lambda: 0)
+    monkeypatch.setattr(step, "write_model", lambda settings, folder: None)
+    monkeypatch.setattr(step, "why_not_trl", lambda settings: None)
+    monkeypatch.setattr(step, "trl_server", lambda *_: nullcontext("http://127.0.0.1:1"))
+    gpus = [
+        Device(kind="cuda", index=index, memory_bytes=1, name="GPU", visible_id=f"GPU-{index}") for index in range(4)
+    ]
+    for settings, of_shoal, of_trl in (
+        (replace(CUDA, num_ranks=2), "GPU-0,GPU-1,GPU-2", "GPU-0,GPU-1"),
+        (replace(CUDA, layout="colocated", num_ranks=2, num_engines=2), "GPU-0,GPU-1", "GPU-0,GPU-1"),
+    ):
+        step.run_step_bench(StepRun(parts=(settings,)), gpus, output=tmp_path / "step.json", skip_trl=False)
+        assert seen == {"shoal": of_shoal, "trl": of_trl}
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_colocated_engines_sleep_in_both_trainers_or_in_neither(
+    sleeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_shoal, "GRPOConfig", lambda **values: values)  # the real one looks for GPUs
+    run = StepRun(parts=(replace(CUDA, layout="colocated", sleeps=sleeps),))
+    ours: Any = shoal_config(run, tmp_path)
+    for values in (ours, trl_arguments(run, tmp_path, "")):
+        assert values["vllm_enable_sleep_mode"] is sleeps
 
 
 def test_medians_leave_the_warm_up_out_and_the_ratio_is_trl_over_shoal() -> None:

@@ -51,7 +51,7 @@ def test_an_engine_computes_with_what_was_published(
         publisher = WeightPublisher(
             {"model": make_source(model)},
             [EngineAddress(client=engine.client, num_workers=len(devices), backend=backend)],
-            ranks=Exchange(rank=0, world_size=1, device=torch.device("cuda:0")),
+            ranks=Exchange(rank=0, world_size=1),
             device=torch.device("cuda:0"),
             settings=PublishSettings(host=LOOPBACK, timeout_s=TIMEOUT_S, verify=verify),
         )

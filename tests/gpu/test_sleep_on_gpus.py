@@ -65,7 +65,7 @@ def test_after_each_of_three_nights_an_engine_computes_with_what_was_published_a
     publisher = WeightPublisher(
         {"model": make_source(model)},
         [EngineAddress(client=engine.client, num_workers=1, backend="ipc", sleeps=True)],
-        ranks=Exchange(rank=0, world_size=1, device=torch.device("cuda:0")),
+        ranks=Exchange(rank=0, world_size=1),
         device=torch.device("cuda:0"),
         settings=PublishSettings(host=LOOPBACK, timeout_s=120.0),
     )

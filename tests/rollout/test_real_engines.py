@@ -188,7 +188,7 @@ class Step:
         self.fleet = fleet
         self.holds_open = lambda: False
         """As long as this is so, no reward comes, and the step goes on."""
-        ranks = Exchange(rank=0, world_size=1, device=torch.device("cpu"))
+        ranks = Exchange(rank=0, world_size=1)
         dispatch = DispatchSettings(max_in_flight=8, affinity_margin=2)
         self.rollouts = Rollouts(
             fleet,

@@ -1,6 +1,6 @@
 """What an exchange does on this process: run by test_exchange.py with torchrun.
 
-python exchange_script.py FOLDER
+python exchange_script.py FOLDER BACKEND
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ def outcome(call: Callable[[], Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Go through all scenarios, in the same order on all processes."""
-    dist.init_process_group("gloo")
+    """Go through all scenarios, in the same order on all processes, beside a default group of the backend named."""
+    dist.init_process_group(sys.argv[2])
     rank = dist.get_rank()
-    exchange = Exchange(rank=rank, world_size=dist.get_world_size(), device=torch.device("cpu"))
+    exchange = Exchange(rank=rank, world_size=dist.get_world_size())
     calls: list[str] = []
 
     def counted(name: str, value: Any) -> Callable[[], Any]:

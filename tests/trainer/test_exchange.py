@@ -19,11 +19,16 @@ def script(load_script: Callable[[str], Any]) -> Any:
     return load_script("exchange_script")
 
 
-@pytest.fixture(scope="module")
-def outcomes(run_script: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process saw. That this returns at all shows that nobody was left waiting."""
+@pytest.fixture(scope="module", params=["gloo", "cuda:gloo"])
+def outcomes(
+    request: pytest.FixtureRequest, run_script: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What each process saw. That this returns at all shows that nobody was left waiting.
+
+    A default group for GPUs alone, as NCCL's is, carries nothing here.
+    """
     folder = tmp_path_factory.mktemp("exchange")
-    ended = run_script("exchange_script", folder, num_processes=NUM_PROCESSES)
+    ended = run_script("exchange_script", folder, request.param, num_processes=NUM_PROCESSES)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(NUM_PROCESSES)]
 
@@ -99,7 +104,7 @@ def test_sums_over_ranks_wrap_around_at_two_to_the_sixty_four(outcomes: Any) -> 
 
 
 def test_a_process_alone_needs_no_group_and_raises_what_was_raised(script: Any) -> None:
-    exchange = Exchange(rank=0, world_size=1, device=torch.device("cpu"))
+    exchange = Exchange(rank=0, world_size=1)
     assert script.plain(exchange.sequences(script.make_sequences)) == script.plain(script.make_sequences())
     assert exchange.json(lambda: {"a": 1}) == {"a": 1}
     assert exchange.gather_json((1, "ü")) == [[1, "ü"]]  # as JSON leaves it

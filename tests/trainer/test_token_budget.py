@@ -126,7 +126,7 @@ def test_the_limit_is_what_fits_and_at_least_the_longest_sequence(monkeypatch: p
     found = {}
     for free in (0, 8 * GIB):
         monkeypatch.setattr(packing_limit, "free_gpu_bytes", lambda device, free=free: free)
-        limit = PackingLimit(args, Exchange(rank=0, world_size=1, device=torch.device("cpu")))
+        limit = PackingLimit(args, Exchange(rank=0, world_size=1))
         limit.measure(model, torch.optim.AdamW(model.parameters()), longest=300, is_fused=True)
         found[free] = limit.tokens
     assert found[0] == 300

@@ -70,7 +70,7 @@ def publisher_to(fleet: Fleet, model: Any, *, sleeps: bool = False, **settings: 
             EngineAddress(client=engine.client, num_workers=engine.spec.num_workers, backend="gloo", sleeps=sleeps)
             for engine in fleet.engines
         ],
-        ranks=Exchange(rank=0, world_size=1, device=torch.device("cpu")),
+        ranks=Exchange(rank=0, world_size=1),
         device=torch.device("cpu"),
         settings=PublishSettings(host="127.0.0.1", **({"timeout_s": 90} | settings)),
     )

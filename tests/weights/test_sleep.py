@@ -84,7 +84,7 @@ class Site:
         self.shared = SharedDevice(CPU, lambda: self.optimizer)
         self.ledger = TimeLedger()
         self.side = EngineSide(
-            ranks=Exchange(rank=0, world_size=1, device=CPU),
+            ranks=Exchange(rank=0, world_size=1),
             ledger=self.ledger,
             make_sources=self._sources,
             start=self._start,
@@ -179,7 +179,7 @@ class Site:
         return WeightPublisher(
             sources,
             rollouts.addresses if rollouts is not None else (),
-            ranks=Exchange(rank=0, world_size=1, device=CPU),
+            ranks=Exchange(rank=0, world_size=1),
             device=CPU,
             settings=PublishSettings(host="127.0.0.1", timeout_s=self._timeout_s),
         )

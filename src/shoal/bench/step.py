@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -91,9 +91,11 @@ def run_step_bench(
         _measure("shoal", reports, place)
         able = [report for report in reports if _can_have_trl(report, request, skip_trl=skip_trl)]
         if able:
+            # TRL's server has its own GPUs, and transformers would use those too if TRL's processes saw them.
+            of_trl = replace(place, environment=_environment(run.common, used[: run.common.num_ranks]))
             visible = {device.index: device.visible_id for device in used}
             with trl_server(run_of(able), folder, visible) as url:
-                _measure("trl", able, place, *([url] if url else []))
+                _measure("trl", able, of_trl, *([url] if url else []))
     is_done = request.reason is None and not any("shoal" in report.reasons for report in reports)
     if is_done:
         shutil.rmtree(folder, ignore_errors=True)
@@ -161,7 +163,7 @@ def _probe(devices: Sequence[Device]) -> Probe:
 
 
 def _environment(settings: StepSettings, devices: Sequence[Device]) -> dict[str, str]:
-    """Return the environment of both trainers: the GPUs of the layout, and accelerate's FSDP2 where it is asked for."""
+    """Return a trainer's environment: the GPUs that it sees, and accelerate's FSDP2 where it is asked for."""
     environment = without_launcher_variables(os.environ) | {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": LOOPBACK}
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.visible_id for device in devices)

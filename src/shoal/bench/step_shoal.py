@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from shoal.algorithm.seeds import sample_seed
 from shoal.bench.step_child import StepClock, StepTimes
 from shoal.bench.step_run import StepRun, trainer_arguments
 from shoal.bench.step_settings import StepSettings, make_dataset, reward
-from shoal.errors import ConfigError
 from shoal.rollout.collector import GroupRequest
 from shoal.types import Prompt, SamplingSettings, ScoredGroup
 
@@ -49,11 +47,7 @@ class FixedWorkTrainer(GRPOTrainer):
 
 
 def shoal_config(run: StepRun, output_dir: Path) -> GRPOConfig:
-    """Return the settings of the run.
-
-    Raises:
-        ConfigError: Engines are to sleep, and this version of Shoal cannot have them do so.
-    """
+    """Return the settings of the run."""
     settings = run.common
     values = trainer_arguments(run, output_dir) | {
         "per_device_train_batch_size": settings.completions_per_rank,
@@ -62,13 +56,10 @@ def shoal_config(run: StepRun, output_dir: Path) -> GRPOConfig:
         "vllm_num_engines": settings.num_engines,
         "vllm_tensor_parallel_size": settings.tensor_parallel_size,
         "vllm_gpu_memory_utilization": settings.gpu_memory_utilization,
+        "vllm_enable_sleep_mode": settings.sleeps,
         # Kept, and not dropped where ratios of random weights leave the bounds: the work must not depend on it.
         "vllm_importance_sampling_correction": False,
     }
-    if settings.sleeps:
-        if "vllm_enable_sleep_mode" not in {declared.name for declared in fields(GRPOConfig)}:
-            raise ConfigError("--sleep needs the setting vllm_enable_sleep_mode, which this version has not.")
-        values["vllm_enable_sleep_mode"] = True
     return GRPOConfig(**values)
 
 

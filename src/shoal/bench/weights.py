@@ -64,7 +64,7 @@ def run_weights_bench(settings: BenchSettings, options: Options, devices: Sequen
         devices: The GPUs that this process may use.
 
     Returns:
-        Whether every publish was proven and the flipped bit was found.
+        Whether every publish was proven and the flipped bit was found, which rank 0 judges: the others' is always True.
     """
     rank = int(os.environ.get("RANK", "0"))
     used = sorted({*range(settings.num_ranks), *settings.engine_devices}) if settings.device == "cuda" else []
@@ -91,7 +91,7 @@ def run_weights_bench(settings: BenchSettings, options: Options, devices: Sequen
         else:
             say(f"the engines' logs are in {folder}")
         say(json.dumps(results.to_dict()))
-    return is_fine
+    return is_fine or rank > 0
 
 
 def _begin(results: Results, folder: Path, say: Callable[[str], None]) -> None:
@@ -247,11 +247,12 @@ def _ranks(settings: BenchSettings) -> Iterator[tuple[Exchange, torch.device]]:
     device = torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    patience_s = RAW_TIMEOUT_S + NATIVE_TIMEOUT_S + START_TIMEOUT_S
     if settings.num_ranks > 1:
-        patience = timedelta(seconds=RAW_TIMEOUT_S + NATIVE_TIMEOUT_S + START_TIMEOUT_S)
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=patience)
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience_s))
     try:
-        yield Exchange(rank=rank, world_size=settings.num_ranks, device=device), device
+        yield Exchange(rank=rank, world_size=settings.num_ranks, timeout_s=patience_s), device
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -86,28 +86,28 @@ def table_from_sequences(sequences: abc.Sequence[Sequence]) -> SequenceTable:
     )
 
 
-def empty_table(sizes: TableSizes, device: torch.device | str = "cpu") -> SequenceTable:
+def empty_table(sizes: TableSizes) -> SequenceTable:
     """Make room for a table of these sizes, contents undefined, to be received into."""
     num_sequences = sizes.num_sequences
     return SequenceTable(
-        token_ids=torch.empty(sizes.num_tokens, dtype=torch.int32, device=device),
-        lengths=torch.empty(num_sequences, dtype=torch.int32, device=device),
-        prompt_lengths=torch.empty(num_sequences, dtype=torch.int32, device=device),
-        advantages=torch.empty(num_sequences, dtype=torch.float64, device=device),
-        rollout_logprobs=torch.empty(sizes.num_completion_tokens, dtype=torch.float32, device=device),
-        in_loss=torch.empty(num_sequences, dtype=torch.bool, device=device),
-        by_policy=torch.empty(sizes.num_completion_tokens, dtype=torch.bool, device=device),
+        token_ids=torch.empty(sizes.num_tokens, dtype=torch.int32),
+        lengths=torch.empty(num_sequences, dtype=torch.int32),
+        prompt_lengths=torch.empty(num_sequences, dtype=torch.int32),
+        advantages=torch.empty(num_sequences, dtype=torch.float64),
+        rollout_logprobs=torch.empty(sizes.num_completion_tokens, dtype=torch.float32),
+        in_loss=torch.empty(num_sequences, dtype=torch.bool),
+        by_policy=torch.empty(sizes.num_completion_tokens, dtype=torch.bool),
     )
 
 
 def sequences_from_table(table: SequenceTable) -> list[Sequence]:
     """Undo `table_from_sequences`, exactly; marks of who wrote what are left out where the policy wrote all."""
-    lengths = table.lengths.cpu().numpy().astype(np.int64)
-    prompt_lengths = table.prompt_lengths.cpu().numpy().astype(np.int64)
-    token_ids = np.split(table.token_ids.cpu().numpy().astype(np.int64), np.cumsum(lengths)[:-1])
+    lengths = table.lengths.numpy().astype(np.int64)
+    prompt_lengths = table.prompt_lengths.numpy().astype(np.int64)
+    token_ids = np.split(table.token_ids.numpy().astype(np.int64), np.cumsum(lengths)[:-1])
     ends = np.cumsum(lengths - prompt_lengths)[:-1]
-    logprobs = np.split(table.rollout_logprobs.cpu().numpy(), ends)
-    by_policy = np.split(table.by_policy.cpu().numpy(), ends)
+    logprobs = np.split(table.rollout_logprobs.numpy(), ends)
+    by_policy = np.split(table.by_policy.numpy(), ends)
     return [
         Sequence(
             token_ids=token_ids[i],

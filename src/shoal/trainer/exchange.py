@@ -6,6 +6,7 @@ import json
 from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from shoal.data.table import TableSizes, empty_table, sequences_from_table, table_from_sequences
 from shoal.errors import ShoalError
 from shoal.types import Sequence
+
+DEFAULT_TIMEOUT_S = 1800.0  # torch's own, of process groups
 
 
 class RankZeroFailedError(ShoalError):
@@ -25,21 +28,28 @@ class RankLostError(ShoalError):
 
 
 class Exchange:
-    """Broadcasts from rank 0. Every method is a collective: all ranks must call it, in the same order.
+    """Broadcasts from rank 0. Every method is a collective, as is making one: all ranks, in the same order.
+
+    All of it goes from host to host over Gloo: a rank that waited in a collective of NCCL while completions are
+    written would have a kernel spin on its GPU, which an engine may share.
 
     A rank that ends meanwhile is a `RankLostError` on the others.
 
     Args:
         rank: Of this process.
-        world_size: Number of trainer processes; with one, nothing is sent.
-        device: Where the process group's tensors live.
+        world_size: Number of trainer processes; with one, nothing is sent. With more, torch's default process group
+            is there.
+        timeout_s: How long ranks wait for one another, at most.
+
+    Raises:
+        RankLostError: The ranks' hosts do not reach one another over Gloo.
     """
 
-    def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, *, rank: int, world_size: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self._rank = rank
         self._is_alone = world_size == 1
         self._world_size = world_size
-        self._device = device
+        self._group = None if self._is_alone else _gloo_group(timeout_s)
 
     @property
     def rank(self) -> int:
@@ -62,19 +72,15 @@ class Exchange:
         # Laid out inside, so that sequences which do not fit a table fail on all ranks.
         table = self._on_rank_zero(lambda: table_from_sequences(make()))
         sizes = table.sizes if table is not None else TableSizes(num_sequences=0, num_tokens=0, num_completion_tokens=0)
-        header = torch.tensor([sizes.num_sequences, sizes.num_tokens, sizes.num_completion_tokens], device=self._device)
-        with _meeting_ranks():
-            dist.broadcast(header, src=0)
+        header = torch.tensor([sizes.num_sequences, sizes.num_tokens, sizes.num_completion_tokens])
+        self._broadcast(header)
         counts = [int(count) for count in header.tolist()]
-        room = empty_table(
-            TableSizes(num_sequences=counts[0], num_tokens=counts[1], num_completion_tokens=counts[2]), self._device
-        )
+        room = empty_table(TableSizes(num_sequences=counts[0], num_tokens=counts[1], num_completion_tokens=counts[2]))
         for index, tensor in enumerate(room.tensors):
             if table is not None:
                 tensor.copy_(table.tensors[index])
-            # Not every backend sends bool.
-            with _meeting_ranks():
-                dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, src=0)
+            # Gloo does not send bool.
+            self._broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor)
         return sequences_from_table(room)
 
     def json(self, make: Callable[[], Any]) -> Any:
@@ -94,28 +100,26 @@ class Exchange:
         if self._is_alone:
             return [json.loads(json.dumps(value))]
         payload = json.dumps(value).encode()
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self._world_size)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self._world_size)]
         with _meeting_ranks():
-            dist.all_gather(sizes, torch.tensor([len(payload)], device=self._device))
-        # Of one size for all: not every backend gathers tensors of several.
+            dist.all_gather(sizes, torch.tensor([len(payload)]), group=self._group)
+        # Of one size for all: Gloo does not gather tensors of several.
         longest = max(int(size) for size in sizes)
-        room = torch.zeros(longest, dtype=torch.uint8, device=self._device)
-        room[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self._device)
+        room = torch.zeros(longest, dtype=torch.uint8)
+        room[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         rooms = [torch.empty_like(room) for _ in range(self._world_size)]
         with _meeting_ranks():
-            dist.all_gather(rooms, room)
-        return [
-            json.loads(bytes(gathered[: int(size)].cpu().numpy())) for gathered, size in zip(rooms, sizes, strict=True)
-        ]
+            dist.all_gather(rooms, room, group=self._group)
+        return [json.loads(bytes(gathered[: int(size)].numpy())) for gathered, size in zip(rooms, sizes, strict=True)]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over ranks of int64 values, modulo 2^64, on all ranks."""
         if self._is_alone:
             return values
-        total = values.to(self._device, copy=True)
+        total = values.to("cpu", copy=True)
         with _meeting_ranks():
-            dist.all_reduce(total)
-        return total.cpu()
+            dist.all_reduce(total, group=self._group)
+        return total
 
     def _on_rank_zero(self, make: Callable[[], Any]) -> Any:
         """Call `make` on rank 0; let every rank know whether it worked before any goes on."""
@@ -135,17 +139,33 @@ class Exchange:
         return value
 
     def _bytes(self, payload: bytes) -> bytes:
-        size = torch.tensor([len(payload)], device=self._device)
-        with _meeting_ranks():
-            dist.broadcast(size, src=0)
+        size = torch.tensor([len(payload)])
+        self._broadcast(size)
         if int(size) == 0:
             return b""
-        room = torch.empty(int(size), dtype=torch.uint8, device=self._device)
+        room = torch.empty(int(size), dtype=torch.uint8)
         if self._rank == 0:
             room.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        self._broadcast(room)
+        return bytes(room.numpy())
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
         with _meeting_ranks():
-            dist.broadcast(room, src=0)
-        return bytes(room.cpu().numpy())
+            dist.broadcast(tensor, src=0, group=self._group)
+
+
+def _gloo_group(timeout_s: float) -> dist.ProcessGroup | None:
+    """Return all ranks' group between CPUs; None for the default one if it is such a group."""
+    if "cpu:gloo" in dist.get_backend_config():
+        return None
+    try:
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise RankLostError(
+            "the trainer processes do not reach one another over TCP. If they are on several hosts, name the network "
+            f"interface between these in GLOO_SOCKET_IFNAME, such as eth0. ({error})"
+        ) from error
+    return group
 
 
 @contextmanager

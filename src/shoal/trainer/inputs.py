@@ -77,7 +77,7 @@ def check_inputs(
     if train_dataset is None:
         raise ConfigError("train_dataset is missing. Pass a datasets.Dataset with a column `prompt`.")
     tokenizer = tokenizer or load_tokenizer(model, args)
-    exchange = Exchange(rank=args.process_index, world_size=args.world_size, device=args.device)
+    exchange = Exchange(rank=args.process_index, world_size=args.world_size, timeout_s=args.ddp_timeout)
     config = read_config(model, args)
     plan = plan_placement(config, args)
     prompts = RunPrompts(

@@ -87,7 +87,7 @@ def publish_three_times(source: str, task: dict[str, Any], *, rank: int, num_ran
             EngineAddress(client=client, num_workers=engine["workers"], backend="gloo")
             for client, engine in zip(clients, engines, strict=False)
         ],
-        ranks=Exchange(rank=rank, world_size=num_ranks, device=CPU),
+        ranks=Exchange(rank=rank, world_size=num_ranks),
         device=CPU,
         settings=PublishSettings(host="127.0.0.1", timeout_s=120, verify="full", batch_bytes=1 << 16),
     )

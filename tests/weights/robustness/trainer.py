@@ -109,7 +109,7 @@ class Trainer:
         # Each version is a point on the circle through these two, of which none is larger than another.
         self._ends = [[value.detach().clone() for value in random_model(config, seed=s).parameters()] for s in (1, 2)]
         self._trained = DistributedDataParallel(self._model) if NUM_RANKS > 1 else self._model
-        self.ranks = Exchange(rank=RANK, world_size=NUM_RANKS, device=CPU)
+        self.ranks = Exchange(rank=RANK, world_size=NUM_RANKS)
         self._clients: list[TellingClient] = []
         self._publisher: WeightPublisher | None = None
 
