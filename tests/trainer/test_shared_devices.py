@@ -211,6 +211,9 @@ def test_training_with_engines_that_sleep_gives_the_same_weights_and_publishes_w
         trainer = make_trainer(kind=kind, max_steps=3, save_strategy="no")
         trainer.train()
         trained.append([value.detach().clone() for value in trainer.model.parameters()])
+        handover = {"seconds/make_room", "seconds/wake", "seconds/sleep"}
+        logged = [handover & set(entry) for entry in trainer.state.log_history if "loss" in entry]
+        assert logged == [handover if kind is SharingTrainer else set()] * 3
         if kind is SharingTrainer:
             assert events == ["publish", "rest"] * 3
         else:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from shoal.observe.files import replace_file
 
-_PHASES = ("generate", "train", "publish")
+_PHASES = ("generate", "train", "publish", "sleep", "make_room", "wake")  # the last three of engines that sleep
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 from shoal.errors import EngineError, EnginesLostError, WeightSyncError
@@ -56,6 +58,7 @@ class EngineSide:
         self.publisher: WeightPublisher | None = None
         """What publishes to them; None before they start."""
         self._comebacks: Comebacks | None = None
+        self._handover_s: dict[str, float] = {}
 
     @property
     def sleeps(self) -> bool:
@@ -70,7 +73,7 @@ class EngineSide:
         """
         if self._shared is None or self.publisher is None:
             return
-        with self._ledger.phase("sleep"):
+        with self._handing_over("sleep"):
             report = self.publisher.sleep()
             if self.rollouts is not None:
                 self.rollouts.asleep(report)
@@ -134,6 +137,14 @@ class EngineSide:
         assert self.rollouts is not None, "engines run by then"
         return self.rollouts.take_counts()
 
+    def take_handover(self) -> dict[str, float]:
+        """Return the seconds in which devices changed hands since the last call, as metrics; none if no engine sleeps.
+
+        Waking is part of a publish, and counted there.
+        """
+        taken, self._handover_s = self._handover_s, {}
+        return {f"seconds/{phase.replace(' ', '_')}": seconds for phase, seconds in taken.items()}
+
     def forget(self) -> None:
         """Have the weights published before the engines write again, whatever version they hold."""
         if self.rollouts is not None:
@@ -170,7 +181,7 @@ class EngineSide:
         if self._shared is None:
             return
         failure: Exception | None = None
-        with self._ledger.phase("make room"):
+        with self._handing_over("make room"):
             try:
                 self._shared.give()
             except Exception as error:  # all ranks learn of it before any raises
@@ -180,6 +191,13 @@ class EngineSide:
             raise failure
         if said:
             raise EngineError(f"another trainer rank could not give its memory back: {said[0]}")
+
+    @contextmanager
+    def _handing_over(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        with self._ledger.phase(phase):
+            yield
+        self._handover_s[phase] = self._handover_s.get(phase, 0.0) + time.monotonic() - began
 
     def _connected(self) -> WeightPublisher:
         if self.publisher is None:

@@ -227,10 +227,12 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
             self._limit.find(unwrapped, self.accelerator, longest=longest, wrapped=self.model_wrapped)
         report = self._engines.refresh(step, always=False)
         if report is not None and self._engines.sleeps:
-            self._step_log.add({"seconds/publish": report.seconds})
+            wake = report.phases.get("wake", 0.0)
+            self._step_log.add({"seconds/wake": wake, "seconds/publish": report.seconds - wake})
         number = self._held.number(step)
         sequences = self._exchange.sequences(self._engines.during(lambda: self._write_batch(number)))
         self._engines.rest()
+        self._step_log.add(self._engines.take_handover())
         self._train_began = time.monotonic()
         self._limit.measure(unwrapped, self.optimizer, longest=longest, is_fused=self._logprobs.is_fused)
         assert self._limit.tokens is not None, "found above, or in the constructor"
