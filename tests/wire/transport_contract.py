@@ -6,6 +6,7 @@ Tests import it for `run`, which starts it once for each member.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import mmap
 import os
 import signal
@@ -33,6 +34,7 @@ FOLDER = Path("/dev/shm")
 HOST = "127.0.0.1"
 TIMEOUT_S = 120.0
 SOON_S = 60.0  # at once, on a machine that has other work
+LONGEST_S = 2 * TIMEOUT_S  # of all the cases of a run
 STAGING_BYTES = 1 << 20  # less than the largest parcel: it must be cut
 
 DTYPES = (
@@ -397,14 +399,16 @@ def run(
     try:
         for rank, process in enumerate(processes):
             if rank not in lost:
-                said[rank], _ = process.communicate(timeout=4 * TIMEOUT_S)
-        assert not any(processes[rank].returncode for rank in said), said
+                with suppress(subprocess.TimeoutExpired):  # it has said where it is stuck, see `_main`
+                    said[rank], _ = process.communicate(timeout=2 * LONGEST_S)
     finally:
-        for process in processes:
+        for rank, process in enumerate(processes):
             process.kill()
-            process.communicate()
+            rest, _ = process.communicate()
+            said.setdefault(rank, rest)
             for path in FOLDER.glob(f"shoal-test-{process.pid}-*"):
                 path.unlink()
+    assert not any(processes[rank].returncode for rank in range(len(devices)) if rank not in lost), said
     assert all(processes[rank].returncode == -signal.SIGKILL for rank in lost)
     for process in processes:  # and nobody leaves anything behind, however it ended
         assert not list(FOLDER.glob(f"shoal-{process.pid}-*"))
@@ -414,6 +418,7 @@ def _main(
     names: str, backend: str, rank: str, num_trainers: str, num_workers: str, device: str, port: str, timeout: str
 ) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(LONGEST_S, exit=False, file=sys.stdout)
     store = join_store(HOST, int(port), TIMEOUT_S)
     timeout_s = float(timeout)
     own, trainers, workers = int(rank), int(num_trainers), int(num_workers)
