@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch.nn.parallel import DistributedDataParallel
 
 from shoal.data.micro_batch import build_micro_batch
 from shoal.errors import ConfigError
 from shoal.testing import tiny_model
 from shoal.testing.sequences import random_sequences
+from shoal.trainer import blocks
 from shoal.trainer.blocks import are_compiled, compile_blocks, compiles_blocks, find_blocks, recompute_first
 from shoal.trainer.forward import packed_logprobs
 
@@ -34,6 +39,13 @@ def logprobs_and_gradient(model: Any, lengths: Any = LONG) -> tuple[torch.Tensor
 def refuse(graph: Any, inputs: Any) -> Any:
     """Compile nothing."""
     raise RuntimeError("no compiler here")
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -62,6 +74,29 @@ def test_compiled_blocks_give_the_same_logprobs_and_gradients(model: Any, has_ad
     num_graphs = 2 if has_adapter and not checkpoints else 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_within_ddp_a_block_is_one_graph_all_the_same(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_graphs() -> int:
+        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+        graphs: list[Any] = []
+
+        def note(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph
+
+        # A block holds more than one of DDP's buckets does.
+        model = tiny_model(hidden_size=1024, intermediate_size=3072).train()
+        compile_blocks(model, backend=note)
+        wrapped = DistributedDataParallel(model)
+        for lengths in (SHORT, LONG):
+            logprobs_and_gradient(wrapped, lengths)
+        return len(graphs)
+
+    assert num_graphs() == 1
+    assert torch._dynamo.config.optimize_ddp is True
+    monkeypatch.setattr(blocks, "_uncut", nullcontext)
+    assert num_graphs() > 1
 
 
 def test_outside_of_training_blocks_run_as_they_are(model: Any) -> None:

@@ -8,7 +8,8 @@ nothing around the blocks changes: hooks of DDP and FSDP2, checkpointing and the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -100,6 +101,21 @@ def compile_blocks(model: nn.Module, backend: str | _Forward = "inductor") -> No
         block.forward = MethodType(chosen[eager], block)
 
 
+@contextmanager
+def _uncut() -> Iterator[None]:
+    """Have torch.compile leave graphs whole within DDP.
+
+    It cuts them where a bucket of gradients is full (`optimize_ddp`), every 25 MiB, so that DDP can send some before
+    the backward pass is over. Blocks are apart for that already, and a cut within one costs fused operations.
+    """
+    config = torch._dynamo.config
+    kept, config.optimize_ddp = config.optimize_ddp, False  # its `patch` takes a millisecond
+    try:
+        yield
+    finally:
+        config.optimize_ddp = kept
+
+
 def _compiled_if_possible(eager: _Forward, backend: str | _Forward) -> _Forward:
     compiled: _Forward | None = torch.compile(eager, dynamic=True, backend=backend)
 
@@ -108,7 +124,8 @@ def _compiled_if_possible(eager: _Forward, backend: str | _Forward) -> _Forward:
         if compiled is None or not block.training:
             return eager(block, *args, **keywords)
         try:
-            return compiled(block, *args, **keywords)
+            with _uncut():
+                return compiled(block, *args, **keywords)
         except torch._dynamo.exc.TorchDynamoException as error:
             compiled = None
             logger.warning(
