@@ -77,6 +77,14 @@ def test_a_plan_has_no_more_micro_batches_than_the_fullest_rank_needs(
     assert len(plan_micro_batches(lengths, num_ranks, max_tokens)[0]) == max(1, *needed)
 
 
+def test_micro_batches_are_alike_instead_of_full_but_for_the_last() -> None:
+    lengths = [574] * 256
+    assert [len(batch) for batch in first_fit_decreasing(lengths, 49_152)] == [85, 85, 85, 1]
+    assert [len(batch) for batch in plan_micro_batches(lengths, num_ranks=1, max_tokens=49_152)[0]] == [64] * 4
+    # The budget goes first: the longest to the emptier one, in turn, would come to 3 + 2 + 2 and 3 + 2.
+    assert plan_micro_batches([3, 3, 2, 2, 2], num_ranks=1, max_tokens=6) == (((0, 1), (2, 3, 4)),)
+
+
 def test_a_rank_without_sequences_gets_fillers() -> None:
     assert plan_micro_batches([5, 5], num_ranks=3, max_tokens=10) == (((0,),), ((1,),), ((),))
 

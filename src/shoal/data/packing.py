@@ -13,9 +13,10 @@ MicroBatchPlan: TypeAlias = tuple[tuple[tuple[int, ...], ...], ...]
 def plan_micro_batches(lengths: abc.Sequence[int], num_ranks: int, max_tokens: int) -> MicroBatchPlan:
     """Cut a step's sequences into micro-batches, the same number for every rank and at least one.
 
-    Every rank must run the same number of forward passes, since each is a collective on sharded models. A rank with
-    fewer micro-batches than another has its fullest ones halved; when it has not enough sequences for that, it
-    gets empty ones, to be filled with `build_filler`.
+    Every rank must run the same number of forward passes, since each is a collective on sharded models: as many as the
+    fullest rank needs. Within a rank micro-batches are as alike as the budget lets them be, so that none is left with
+    the few tokens that full ones had no room for. A rank with too few sequences gets empty ones, to be filled with
+    `build_filler`.
 
     Args:
         lengths: Tokens of each sequence, prompt included.
@@ -24,7 +25,9 @@ def plan_micro_batches(lengths: abc.Sequence[int], num_ranks: int, max_tokens: i
     """
     per_rank = [_pack_rank(lengths, indices, max_tokens) for indices in balance(lengths, num_ranks)]
     count = max(1, *(len(micro_batches) for micro_batches in per_rank))
-    return tuple(tuple(tuple(batch) for batch in _stretch(batches, count)) for batches in per_rank)
+    return tuple(
+        tuple(tuple(batch) for batch in _even_out(lengths, batches, count, max_tokens)) for batches in per_rank
+    )
 
 
 def balance(lengths: abc.Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -69,6 +72,15 @@ def _pack_rank(lengths: abc.Sequence[int], indices: abc.Iterable[int], max_token
         batches[place].append(index)
         room[place] -= lengths[index]
     return [sorted(batch) for batch in batches]
+
+
+def _even_out(lengths: abc.Sequence[int], batches: list[list[int]], count: int, max_tokens: int) -> list[list[int]]:
+    """Share a rank's sequences out anew among `count` micro-batches, or split packed ones if it breaks the budget."""
+    indices = sorted(index for batch in batches for index in batch)
+    shared = [[indices[place] for place in places] for places in balance([lengths[i] for i in indices], count)]
+    if all(len(batch) <= 1 or sum(lengths[i] for i in batch) <= max_tokens for batch in shared):
+        return shared
+    return _stretch(batches, count)
 
 
 def _stretch(batches: list[list[int]], count: int) -> list[list[int]]:
