@@ -67,13 +67,14 @@ def test_the_readmes_example_builds_a_trainer(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_the_tutorial_trains_and_reports(tmp_path: Path) -> None:
     (script,) = _python_blocks(ROOT / "docs" / "tutorial.md")
-    (tmp_path / "train.py").write_text(script)
+    assert "max_steps=3," in script
+    (tmp_path / "train.py").write_text(script.replace("max_steps=3,", "max_steps=2,"))  # each takes half a minute
     for command in ([sys.executable, "train.py"], [BIN / "shoal", "report", "runs/tutorial"]):
         done = subprocess.run(command, capture_output=True, text=True, timeout=800, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "runs" / "tutorial"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps[-1] == 3
+    assert steps[-1] == 2
     assert (run / "model" / "model.safetensors").exists()
     assert "<svg" in (run / "report.html").read_text()
 
