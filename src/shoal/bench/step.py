@@ -91,7 +91,7 @@ def run_step_bench(
         _measure("shoal", reports, place)
         able = [report for report in reports if _can_have_trl(report, request, skip_trl=skip_trl)]
         if able:
-            # TRL's server has its own GPUs, and transformers would use those too if TRL's processes saw them.
+            # TRL divides the model among all GPUs that it sees (device_map="auto"), those of its server too.
             of_trl = replace(place, environment=_environment(run.common, used[: run.common.num_ranks]))
             visible = {device.index: device.visible_id for device in used}
             with trl_server(run_of(able), folder, visible) as url:
