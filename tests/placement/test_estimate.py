@@ -135,15 +135,30 @@ def test_engines_that_share_memory_with_less_of_a_cache_take_longer() -> None:
 
 def test_a_dedicated_engine_gets_its_default_share_and_a_sleeping_one_what_a_resting_trainer_leaves() -> None:
     setup = TrainerSetup(micro_batch_tokens=2048)
-    apart = estimate(QWEN3_1_7B, H100, setup, Layout(num_trainers=1, num_engines=1), WORK)
+    work = replace(WORK, completion_tokens=4096)  # all at once would fill any cache
+    apart = estimate(QWEN3_1_7B, H100, setup, Layout(num_trainers=1, num_engines=1), work)
     assert apart.engine_share == DEDICATED_SHARE and not apart.problem
     shared = Layout(num_trainers=1, num_engines=1, is_colocated=True)
-    awake = estimate(QWEN3_1_7B, H100, setup, shared, WORK)
-    asleep = estimate(QWEN3_1_7B, H100, setup, replace(shared, sleeps=True), WORK)
-    offloaded = estimate(QWEN3_1_7B, H100, setup, replace(shared, sleeps=True, offloads_optimizer=True), WORK)
+    awake = estimate(QWEN3_1_7B, H100, setup, shared, work)
+    asleep = estimate(QWEN3_1_7B, H100, setup, replace(shared, sleeps=True), work)
+    offloaded = estimate(QWEN3_1_7B, H100, setup, replace(shared, sleeps=True, offloads_optimizer=True), work)
     assert awake.kv_tokens < asleep.kv_tokens < offloaded.kv_tokens < apart.kv_tokens
     (device,) = asleep.devices
     assert device.resting is not None and "gradients" not in device.resting and "KV cache" not in device.parts
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_an_engine_beside_a_trainer_takes_no_more_than_a_step_can_use(sleeps: bool) -> None:
+    layout = Layout(num_trainers=2, num_engines=2, is_colocated=True, sleeps=sleeps)
+    found = with_best_budget(QWEN3_1_7B, H200, TrainerSetup(), layout, WORK)
+    at_once = WORK.num_samples // 2 * WORK.longest
+    assert at_once <= found.kv_tokens <= 1.6 * at_once
+    # The rest is the trainer's: long passes, with nothing computed again.
+    assert found.setup.num_recomputed(QWEN3_1_7B) == 0 and found.setup.micro_batch_tokens >= 16_384
+    twice = with_best_budget(QWEN3_1_7B, H200, TrainerSetup(), replace(layout, num_engines=1), WORK)
+    assert twice.kv_tokens > 1.5 * found.kv_tokens
+    given = estimate(QWEN3_1_7B, H200, found.setup, replace(layout, engine_share=0.2), WORK)
+    assert given.engine_share == 0.2
 
 
 def test_what_does_not_fit_is_refused_with_the_largest_parts_and_what_would_fit() -> None:

@@ -10,6 +10,7 @@ from shoal.placement.architecture import Architecture
 from shoal.placement.gpu_kinds import GpuKind
 from shoal.placement.step_time import (
     ENOUGH_TOKENS,
+    MAX_NUM_SEQS,
     StepTime,
     Workload,
     generation_seconds,
@@ -44,7 +45,8 @@ class Layout:
         is_colocated: Engines are on the trainers' GPUs.
         sleeps: Such engines give their memory back while the trainer works.
         offloads_optimizer: The optimizer is in the host's memory while engines write.
-        engine_share: Share of a GPU's memory an engine may take; None for as much as there is.
+        engine_share: Share of a GPU's memory an engine may take; None for as much as there is, or, where a trainer has
+            the rest, as a step can use.
     """
 
     num_trainers: int
@@ -127,7 +129,10 @@ def estimate(model: Architecture, gpu: GpuKind, setup: TrainerSetup, layout: Lay
     weights = -(-2 * model.num_parameters // layout.tensor_parallel_size)
     fixed = {"engine weights": weights, "engine runtime": ENGINE_RUNTIME_BYTES, "engine publish": ENGINE_PUBLISH_BYTES}
     beside = _beside_engine(model, setup, layout, trainer)
-    share = layout.engine_share or min(DEDICATED_SHARE, max(0.0, (limit - sum(beside.values())) / gpu.memory_bytes))
+    room = limit - sum(beside.values())
+    if layout.is_colocated:
+        room = min(room, int((sum(fixed.values()) + _enough_cache(model, layout, work)) / FILLED_SHARE))
+    share = layout.engine_share or min(DEDICATED_SHARE, max(0.0, room / gpu.memory_bytes))
     cache = int(share * gpu.memory_bytes) - sum(fixed.values())
     kv_tokens = max(0, cache * layout.tensor_parallel_size // model.kv_bytes_per_token())
     engine = {**fixed, "KV cache": max(0, cache)}
@@ -238,6 +243,12 @@ def _beside_engine(
     return {"weights": trainer["weights"], "optimizer": optimizer} | {
         name: trainer[name] for name in ("publish", "runtime")
     }
+
+
+def _enough_cache(model: Architecture, layout: Layout, work: Workload) -> int:
+    """Return the bytes of KV cache on a GPU of an engine with which no completion of a step waits for another."""
+    at_once = min(MAX_NUM_SEQS, -(-work.num_samples // layout.num_engines))
+    return at_once * work.longest * model.kv_bytes_per_token() // layout.tensor_parallel_size
 
 
 def _devices(
