@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
-from shoal.wire.liveness import Peers, ProcessIdentity
-from shoal.wire.rendezvous import host_store
+from shoal.wire.liveness import GoneError, Peers, ProcessIdentity, excuse
+from shoal.wire.rendezvous import host_store, join_store
 
 PRINT_IDENTITY = """
 import json, time, dataclasses
@@ -65,3 +66,16 @@ def test_a_member_that_leaves_is_seen_through_the_store() -> None:
             first.check_all()
             time.sleep(0.05)
     first.leave()
+
+
+def test_nobody_waits_for_a_member_that_is_excused() -> None:
+    store = host_store("127.0.0.1", 60)
+    asker = join_store(store.host, store.port, 10)  # a waiting call holds its connection
+    with ThreadPoolExecutor(1) as threads:
+        meeting = threads.submit(Peers, store, rank=0, others=[1, 2], timeout_s=60)
+        Peers(join_store(store.host, store.port, 10), rank=1, others=[0], timeout_s=10)
+        began = time.monotonic()
+        excuse(asker, 2)
+        with pytest.raises(GoneError, match="member 2 of the weight transfer does not come"):
+            meeting.result(30)
+    assert time.monotonic() - began < 20

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from shoal.errors import WeightSyncError
 from shoal.protocols import WeightTransport
 from shoal.wire.agreement import done_key, gave_up_key
-from shoal.wire.liveness import expel
-from shoal.wire.rendezvous import Store
+from shoal.wire.liveness import excuse, expel
+from shoal.wire.rendezvous import Store, join_store
 from shoal.wire.transport import Backend, make_transport
 
 _GLANCE = timedelta(milliseconds=50)
@@ -121,6 +121,14 @@ class EngineLine:
             )
 
         self._transport = AbandonableCall(make).result(self._timeout_s, f"{self.name} to join the weight group")
+
+    def call_off(self) -> None:
+        """Have nobody wait any longer for the workers to join: the engine has said that they do not."""
+        with suppress(dist.DistError):  # only hastens what the others find out
+            # Over a connection of its own: that of `join` is taken up with waiting.
+            store = join_store(self._store.host, self._store.port, LAST_WORDS_S)
+            for worker in range(self.num_workers):
+                excuse(store, self.member(worker))
 
     def late_workers(self, attempt: int) -> list[str]:
         """Name the workers that others wait for: they have neither finished this publish nor given it up."""

@@ -201,20 +201,25 @@ class Meeting:
 
     def _start_joining(self, senders: Mapping[Cargo, WeightSender]) -> list[Future[list[Any]]]:
         """On rank 0: have every engine's workers join, once they are told who sends what."""
+
+        def join(control: EngineControl, line: EngineLine) -> list[Any]:
+            agreements = {
+                cargo: Agreement(
+                    wanted=sender.wanted,
+                    holdings=self._holdings[cargo],
+                    batch_bytes=self._settings.batch_bytes,
+                    preferred=line.preferred,
+                ).to_json()
+                for cargo, sender in senders.items()
+            }
+            try:
+                return control.call("shoal_join", agreements=agreements)
+            except WeightSyncError:
+                line.call_off()
+                raise
+
         return [
-            self._threads.submit(
-                control.call,
-                "shoal_join",
-                agreements={
-                    cargo: Agreement(
-                        wanted=sender.wanted,
-                        holdings=self._holdings[cargo],
-                        batch_bytes=self._settings.batch_bytes,
-                        preferred=line.preferred,
-                    ).to_json()
-                    for cargo, sender in senders.items()
-                },
-            )
+            self._threads.submit(join, control, line)
             for control, line in zip(self._controls, self._lines, strict=False)
         ]
 

@@ -96,17 +96,16 @@ class Peers:
 
     Raises:
         torch.distributed.DistStoreError: One did not come in time.
+        GoneError: One does not come, see `excuse`.
     """
 
     def __init__(self, store: Store, *, rank: int, others: Iterable[int], timeout_s: float) -> None:
         self._store = store
         self._others = tuple(others)
         self._timeout_s = timeout_s
-        store.set(f"member/{rank}", json.dumps(asdict(ProcessIdentity.own())))
-        store.wait([f"member/{other}" for other in self._others], timedelta(seconds=timeout_s))
-        self._identities = {
-            other: ProcessIdentity(**json.loads(store.get(f"member/{other}"))) for other in self._others
-        }
+        store.set(_member_key(rank), json.dumps(asdict(ProcessIdentity.own())))
+        store.wait([_member_key(other) for other in self._others], timedelta(seconds=timeout_s))
+        self._identities = {other: _identity(store, other) for other in self._others}
         self._departure: ConnectionError | None = None
         self._leaving = threading.Event()
         # A store whose server is stopped answers never, and its calls have no time-out: they have a thread to block.
@@ -164,6 +163,22 @@ class Peers:
 def expel(store: Store, rank: int) -> None:
     """Tell all members that one is gone, in its place."""
     store.set(_gone_key(rank), "")
+
+
+def excuse(store: Store, rank: int) -> None:
+    """Have no member that has not met one yet wait for it: it does not come."""
+    store.set(_member_key(rank), "")
+
+
+def _identity(store: Store, rank: int) -> ProcessIdentity:
+    said = store.get(_member_key(rank))
+    if not said:
+        raise GoneError(f"member {rank} of the weight transfer does not come", rank)
+    return ProcessIdentity(**json.loads(said))
+
+
+def _member_key(rank: int) -> str:
+    return f"member/{rank}"
 
 
 def _gone_key(rank: int) -> str:
