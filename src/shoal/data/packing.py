@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import abc
+from itertools import chain
 from typing import TypeAlias
 
 MicroBatchPlan: TypeAlias = tuple[tuple[tuple[int, ...], ...], ...]
@@ -39,13 +40,7 @@ def balance(lengths: abc.Sequence[int], num_ranks: int) -> list[list[int]]:
     Returns:
         For each rank, the ascending indices of its sequences.
     """
-    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    heap = [(0, 0, rank) for rank in range(num_ranks)]
-    for index in _longest_first(lengths, range(len(lengths))):
-        num_tokens, num_sequences, rank = heapq.heappop(heap)
-        ranks[rank].append(index)
-        heapq.heappush(heap, (num_tokens + lengths[index], num_sequences + 1, rank))
-    return [sorted(indices) for indices in ranks]
+    return _share_out(lengths, range(len(lengths)), num_ranks)
 
 
 def first_fit_decreasing(lengths: abc.Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -57,6 +52,17 @@ def first_fit_decreasing(lengths: abc.Sequence[int], max_tokens: int) -> list[li
         For each micro-batch, the ascending indices of its sequences.
     """
     return _pack_rank(lengths, range(len(lengths)), max_tokens)
+
+
+def _share_out(lengths: abc.Sequence[int], indices: abc.Iterable[int], count: int) -> list[list[int]]:
+    """Share the sequences at `indices` out as `balance` does."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, 0, share) for share in range(count)]
+    for index in _longest_first(lengths, indices):
+        num_tokens, num_sequences, share = heapq.heappop(heap)
+        shares[share].append(index)
+        heapq.heappush(heap, (num_tokens + lengths[index], num_sequences + 1, share))
+    return [sorted(share) for share in shares]
 
 
 def _pack_rank(lengths: abc.Sequence[int], indices: abc.Iterable[int], max_tokens: int) -> list[list[int]]:
@@ -76,20 +82,18 @@ def _pack_rank(lengths: abc.Sequence[int], indices: abc.Iterable[int], max_token
 
 def _even_out(lengths: abc.Sequence[int], batches: list[list[int]], count: int, max_tokens: int) -> list[list[int]]:
     """Share a rank's sequences out anew among `count` micro-batches, or split packed ones if it breaks the budget."""
-    indices = sorted(index for batch in batches for index in batch)
-    shared = [[indices[place] for place in places] for places in balance([lengths[i] for i in indices], count)]
+    shared = _share_out(lengths, chain.from_iterable(batches), count)
+    # So it is where there are fewer sequences than micro-batches: some stay empty.
     if all(len(batch) <= 1 or sum(lengths[i] for i in batch) <= max_tokens for batch in shared):
         return shared
     return _stretch(batches, count)
 
 
 def _stretch(batches: list[list[int]], count: int) -> list[list[int]]:
-    """Split micro-batches until there are `count`; add empty ones where nothing is left to split."""
+    """Split micro-batches, which hold `count` sequences at least, until there are so many of them."""
     batches = list(batches)
     while len(batches) < count:
-        largest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)
-        if largest is None or len(batches[largest]) < 2:
-            return [*batches, *([[]] * (count - len(batches)))]
+        largest = max(range(len(batches)), key=lambda i: len(batches[i]))
         batch = batches[largest]
         batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
     return batches
