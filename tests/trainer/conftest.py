@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 
 from shoal import GRPOConfig
@@ -144,3 +145,11 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    """A default group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())  # type: ignore[no-untyped-call]
+    yield
+    dist.destroy_process_group()

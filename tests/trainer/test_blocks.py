@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,13 +37,6 @@ def logprobs_and_gradient(model: Any, lengths: Any = LONG) -> tuple[torch.Tensor
 def refuse(graph: Any, inputs: Any) -> Any:
     """Compile nothing."""
     raise RuntimeError("no compiler here")
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -76,7 +67,7 @@ def test_compiled_blocks_give_the_same_logprobs_and_gradients(model: Any, has_ad
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_within_ddp_a_block_is_one_graph_all_the_same(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_within_ddp_a_block_is_one_graph_all_the_same(one_process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def num_graphs() -> int:
         torch._dynamo.reset()  # type: ignore[no-untyped-call]
         graphs: list[Any] = []

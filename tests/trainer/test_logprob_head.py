@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -217,13 +216,6 @@ def test_gradient_checkpointing_does_not_disturb_it(batch: MicroBatch) -> None:
     model.gradient_checkpointing_enable()
     model.train()
     assert_same(batch, model)
-
-
-@pytest.fixture
-def one_process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())  # type: ignore[no-untyped-call]
-    yield
-    dist.destroy_process_group()
 
 
 def shard(model: Any, **policy: Any) -> Any:
