@@ -346,6 +346,24 @@ def test_with_no_engine_left_that_sleeps_the_error_says_why(site_of: Make) -> No
         site.side.rest()
 
 
+@pytest.mark.parametrize("beside, emptied", [(0, 1), (1, 0)], ids=["it sleeps", "it does not"])
+def test_memory_is_given_back_in_a_publish_only_to_an_engine_that_is_waking_on_this_device(
+    site_of: Make, monkeypatch: pytest.MonkeyPatch, beside: int, emptied: int
+) -> None:
+    """Taking it again costs the next training step time, so whoever has kept its own gets none."""
+    site = site_of([True, False])
+    site.write(0)
+    site.side.rest()
+    site.train()
+    assert site.side.publisher is not None
+    line = site.side.publisher.group.lines[beside]
+    line.preferred = (frozenset({0}),) * line.num_workers
+    calls: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(None))
+    site.side.publish(1)
+    assert len(calls) == emptied
+
+
 # ---- the stand-in enforces vLLM's states ----
 
 

@@ -39,6 +39,7 @@ class EngineLine:
         num_ranks: Trainer ranks.
         num_workers: Of the engine.
         backend: What carries the tensors.
+        sleeps: Whether the engine sleeps between publishes.
         host: Address of this process that the engine can reach.
         device: Where this rank's tensors lie.
         timeout_s: For each step.
@@ -53,6 +54,7 @@ class EngineLine:
         num_ranks: int,
         num_workers: int,
         backend: Backend,
+        sleeps: bool = False,
         host: str,
         device: torch.device,
         timeout_s: float,
@@ -61,6 +63,7 @@ class EngineLine:
         self.num_workers = num_workers
         self.backend: Backend = backend
         self.preferred: tuple[frozenset[int], ...] = (frozenset(),) * num_workers
+        self._sleeps = sleeps
         self._store = store
         self._rank = rank
         self._num_ranks = num_ranks
@@ -97,9 +100,9 @@ class EngineLine:
             )
 
     @property
-    def shares_device(self) -> bool:
-        """Whether a worker is on this rank's own device."""
-        return any(self._rank in ranks for ranks in self.preferred)
+    def wakes_on_own_device(self) -> bool:
+        """Whether a worker that sleeps between publishes is on this rank's own device."""
+        return self._sleeps and any(self._rank in ranks for ranks in self.preferred)
 
     def join(self) -> None:
         """Form the group with the workers, which must be doing the same.

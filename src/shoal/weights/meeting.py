@@ -102,11 +102,11 @@ class Meeting:
         def serve() -> list[list[Any]]:
             self._stores = [(host, host_store(host, settings.timeout_s)) for host in map(self._own_host, self._engines)]
             return [
-                [engine.client.name, engine.host, host, store.port, engine.num_workers, engine.backend]
+                [engine.client.name, engine.host, host, store.port, engine.num_workers, engine.backend, engine.sleeps]
                 for engine, (host, store) in zip(self._engines, self._stores, strict=True)
             ]
 
-        for name, engine_host, host, port, num_workers, backend in ranks.json(serve):
+        for name, engine_host, host, port, num_workers, backend, sleeps in ranks.json(serve):
             if ranks.rank == 0:
                 store = self._stores[len(self._lines)][1]
             else:
@@ -121,6 +121,7 @@ class Meeting:
                     num_ranks=ranks.num_ranks,
                     num_workers=num_workers,
                     backend=backend,
+                    sleeps=sleeps,
                     host=host,
                     device=self._device,
                     timeout_s=settings.timeout_s,

@@ -63,8 +63,8 @@ class PublishRun:
         if group.ranks.rank == 0:
             self._updates = {index: self._start_update(index, cargo) for index in live}
         report, failure = self._send(cargo, live)
-        if any(group.lines[index].shares_device for index in live):
-            torch.cuda.empty_cache()  # an engine on this GPU may be about to take the memory of its KV cache
+        if any(group.lines[index].wakes_on_own_device for index in live):
+            torch.cuda.empty_cache()  # it is about to take the memory of its KV cache again
         accounts = group.ranks.gather_json(_account(report, failure))
         if errors := [account["error"] for account in accounts if account["error"]]:
             if failure is not None:
