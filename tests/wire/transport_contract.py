@@ -36,6 +36,8 @@ TIMEOUT_S = 120.0
 SOON_S = 60.0  # at once, on a machine that has other work
 LONGEST_S = 2 * TIMEOUT_S  # of all the cases of a run
 STAGING_BYTES = 1 << 20  # less than the largest parcel: it must be cut
+# Elements of what is not to get through. NCCL takes up to 128 MiB off a sender's hands (4 MiB for each of 32 channels).
+LARGE = {"cpu": 16 << 20, "cuda": 128 << 20}
 
 DTYPES = (
     torch.bfloat16,
@@ -253,12 +255,23 @@ def nothing_is_done_at_once(member: Member) -> None:
 
 def _start(member: Member) -> None:
     """Let one small parcel through, so that all is connected, then start a large one that will not get through."""
-    small, large = torch.ones(3, device=member.device), torch.ones(16 << 20, device=member.device)
+    large = _large(member)
+    _exchange(member)
+    member.meet("started")
     operation = member.transport.send if member.is_trainer else member.transport.receive
+    operation([Parcel(large, peer) for peer in member.peers])
+
+
+def _large(member: Member) -> torch.Tensor:
+    return torch.ones(LARGE[member.device.type], device=member.device)
+
+
+def _exchange(member: Member, *, back: bool = False) -> None:
+    """Send something small, from trainers to workers or `back`: the first time a direction is used, it is connected."""
+    small = torch.ones(3, device=member.device)
+    operation = member.transport.send if member.is_trainer != back else member.transport.receive
     operation([Parcel(small, peer) for peer in member.peers]).wait()
     member.transport.finish(TIMEOUT_S)
-    member.meet("started")
-    operation([Parcel(large, peer) for peer in member.peers])
 
 
 def _expect(member: Member, error: type[Exception], *, timeout_s: float, within_s: float) -> None:
@@ -275,10 +288,7 @@ def _expect(member: Member, error: type[Exception], *, timeout_s: float, within_
 
 
 def _send_signal_and_wait(member: Member, name: str, number: signal.Signals) -> None:
-    small = torch.ones(3, device=member.device)
-    operation = member.transport.send if member.is_trainer else member.transport.receive
-    operation([Parcel(small, peer) for peer in member.peers]).wait()
-    member.transport.finish(TIMEOUT_S)
+    _exchange(member)
     member.meet(name)
     time.sleep(0.5)
     os.kill(os.getpid(), number)
@@ -318,10 +328,9 @@ def a_stalled_worker_is_a_time_out(member: Member) -> None:
 
 def closing_abandons(member: Member) -> None:
     """Both ends wait for something that nobody sends; one closes."""
-    small, large = torch.ones(3, device=member.device), torch.ones(16 << 20, device=member.device)
-    first = member.transport.send if member.is_trainer else member.transport.receive
-    first([Parcel(small, peer) for peer in member.peers]).wait()
-    member.transport.finish(TIMEOUT_S)
+    large = _large(member)
+    _exchange(member)
+    _exchange(member, back=True)  # NCCL blocks the host until both ends connect, which a receiver alone does not
     member.transport.receive([Parcel(large, peer) for peer in member.peers])
     if member.is_trainer:
         began = time.monotonic()
