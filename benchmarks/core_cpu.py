@@ -1,6 +1,6 @@
 """Processor time of an engine's core and front end without any model: vLLM's scheduler against ours.
 
-    python benchmarks/core_cpu.py [--samples 256] [--tokens 200] [--goes 3] [--kinds vllm,ours] [--options JSON]
+    python benchmarks/core_cpu.py [--samples 256] [--tokens 200] [--goes 3] [--kinds vllm,both,ours] [--options JSON]
 
 The core runs in its own process as always, and schedules asynchronously as on GPUs, but an executor
 without workers answers each step with random tokens at once. The last line is one JSON object: seconds for a million
@@ -33,10 +33,11 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from shoal import vllm_compat
 from shoal.bench.shapes import SHAPES, qwen3_config
 from shoal.testing import tiny_tokenizer
-from shoal.vllm_plugin.scheduler import PATH, HoldingScheduler
+from shoal.vllm_plugin.scheduler import HoldingScheduler, make_scheduler
 
 VOCABULARY = SHAPES["tiny"].vocabulary
-KINDS = {"vllm": None, "holds": "core_cpu.holding", "blocks": "core_cpu.sparing", "ours": PATH}
+_KIND = "SHOAL_BENCH_CORE_KIND"
+KINDS = ("vllm", "holds", "blocks", "both", "ours")
 
 
 class NullExecutor(Executor):
@@ -95,17 +96,41 @@ class NullExecutor(Executor):
         )
 
 
-def holding(**arguments: Any) -> Any:
-    """Return a scheduler that holds outputs, and looks after blocks as vLLM does."""
-    base = vllm_compat.scheduler_class(arguments["vllm_config"])
+def vllm(base: Any, arguments: Any) -> Any:
+    """Return vLLM's scheduler."""
+    return base(**arguments)
+
+
+def holds(base: Any, arguments: Any) -> Any:
+    """Return a scheduler that holds outputs, is told of every token and looks after blocks as vLLM does."""
     return type("Holding", (HoldingScheduler, base), {})(**arguments)
 
 
-def sparing(**arguments: Any) -> Any:
+def blocks(base: Any, arguments: Any) -> Any:
     """Return vLLM's scheduler, which looks after blocks when they are full."""
-    scheduler = vllm_compat.scheduler_class(arguments["vllm_config"])(**arguments)
+    scheduler = base(**arguments)
     vllm_compat.skip_idle_block_work(scheduler)
     return scheduler
+
+
+def both(base: Any, arguments: Any) -> Any:
+    """Return a scheduler that does both, and is told of every token."""
+    scheduler = holds(base, arguments)
+    vllm_compat.skip_idle_block_work(scheduler)
+    return scheduler
+
+
+def ours(base: Any, arguments: Any) -> Any:
+    """Return Shoal's."""
+    return make_scheduler(**arguments)
+
+
+def scheduler(**arguments: Any) -> Any:
+    """Return the scheduler of the kind that is measured, for a runner that keeps tokens itself, as on GPUs."""
+    config = arguments["vllm_config"]
+    type(config).use_v2_model_runner, type(config)._validate_v2_model_runner = True, lambda self: None  # not on CPUs
+    base = vllm_compat.scheduler_class(config)
+    return globals()[os.environ[_KIND]](base, arguments)
 
 
 def main() -> None:
@@ -132,11 +157,12 @@ def main() -> None:
 
 
 async def _measure(kind: str, folder: str, settings: argparse.Namespace) -> dict[str, list[float]]:
+    os.environ[_KIND] = kind
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=folder, load_format="dummy", dtype="float32", max_model_len=512, max_num_seqs=settings.samples,
             block_size=16, logprobs_mode="processed_logprobs", generation_config="vllm", enforce_eager=True,
-            enable_chunked_prefill=False, scheduler_cls=KINDS[kind],
+            enable_chunked_prefill=False, scheduler_cls="core_cpu.scheduler",
             distributed_executor_backend="core_cpu.NullExecutor", **settings.options,
         )
     )  # fmt: skip
@@ -161,7 +187,7 @@ async def _write(engine: Any, go: int, index: int, num_tokens: int, kind: str) -
         {"temperature": 1.0, "max_tokens": num_tokens, "ignore_eos": True},
         seed=index,
         flush_tokens=64,
-        is_held=kind in ("holds", "ours"),
+        is_held=kind not in ("vllm", "blocks"),
     )
     pieces = vllm_compat.write(engine, prompt, params, name=f"{go}-{index}", adapter=None, cache_salt="")
     written = [len(piece.token_ids) async for piece in pieces]

@@ -16,6 +16,7 @@ from shoal.engines.fleet import Fleet
 from shoal.engines.process import choose_ports
 from shoal.types import RolloutRequest, SamplingSettings
 from shoal.vllm_compat import scheduling
+from shoal.vllm_plugin.late_scheduler import LateScheduler
 from shoal.vllm_plugin.scheduler import HoldingScheduler, make_scheduler
 
 NUM_TOKENS = 60
@@ -104,6 +105,20 @@ def test_an_engine_that_falls_idle_says_so_at_once() -> None:
 
 def test_this_vllm_is_as_expected() -> None:
     assert vllm_compat.why_not_hold() is None
+    assert vllm_compat.why_not_tell_late() is None
+
+
+def test_a_scheduler_that_takes_in_tokens_in_another_way_is_told_of_each_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    monkeypatch.setattr(vllm_compat, "scheduler_class", lambda config: Plain)
+    monkeypatch.setattr(vllm_compat, "is_told_late", lambda config: True)
+    assert isinstance(make_scheduler(vllm_config=None), LateScheduler)  # the control
+    monkeypatch.setattr(AsyncScheduler, "_update_request_with_output", lambda self, request, token_ids: None)
+    assert not isinstance(make_scheduler(vllm_config=None), LateScheduler)
+    assert "takes ('self', 'request', 'token_ids')" in caplog.text
 
 
 def test_an_output_with_something_unknown_is_not_held_and_the_log_says_so(
@@ -123,13 +138,20 @@ def blocks(num_blocks: int, **changes: Any) -> tuple[Any, list[Any]]:
         def __init__(self) -> None:
             self.block_size = 16
             self.req_to_blocks = {"a": list(range(num_blocks))}
+            self.num_cached_block: dict[str, int] = {}
+
+    group = FullAttentionManager()
+
+    def cache_blocks(request: Any, num_computed_tokens: int) -> None:
+        group.num_cached_block[request.request_id] = num_computed_tokens // 16
+        calls.append(num_computed_tokens)
 
     manager = SimpleNamespace(
-        coordinator=SimpleNamespace(single_type_managers=(FullAttentionManager(),)),
+        coordinator=SimpleNamespace(single_type_managers=(group,)),
         block_pool=SimpleNamespace(hash_block_size=16),
         empty_kv_cache_blocks="nothing",
         allocate_slots=lambda request, num_new_tokens, **options: calls.append(options) or "some",
-        cache_blocks=lambda request, num_computed_tokens: calls.append(num_computed_tokens),
+        cache_blocks=cache_blocks,
     )
     settings = {"kv_cache_manager": manager, "connector": None, "num_lookahead_tokens": 0} | changes
     assert vllm_compat.skip_idle_block_work(SimpleNamespace(**settings)) is None
@@ -156,6 +178,8 @@ def test_blocks_are_entered_into_the_prefix_cache_when_one_is_full() -> None:
     for num_tokens in range(14, 35):
         manager.cache_blocks(computed(num_tokens), num_tokens)
     assert calls == [16, 32]
+    manager.cache_blocks(computed(67), 67)  # told of many tokens at once
+    assert calls == [16, 32, 67]
 
 
 @pytest.mark.parametrize("changes", [{"connector": object()}, {"num_lookahead_tokens": 3}])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 # The fields of an output that a step may fill (0.26 to 0.33), apart from its tokens and their logprobs: those that
@@ -64,6 +67,106 @@ def says_something(message: Any) -> bool:
     return bool(message.outputs or message.scheduler_stats is not None or message.finished_requests)
 
 
+def is_told_late(config: Any) -> bool:
+    """Whether vLLM's scheduler may learn of a token some steps after it was written, by an engine's configuration.
+
+    The asynchronous one counts the tokens that are on their way (`num_output_placeholders`) and accepts several at
+    once, as speculation brings them. What it does not know of must be nowhere needed: vLLM's second runner keeps a
+    request's tokens itself, while the first one is sent them again in places, and so are connectors.
+    """
+    return bool(
+        config.scheduler_config.async_scheduling
+        and getattr(config, "use_v2_model_runner", False)
+        and config.kv_transfer_config is None
+        and config.speculative_config is None
+        and config.parallel_config.pipeline_parallel_size == 1
+    )
+
+
+def why_not_tell_late() -> str | None:
+    """Say what is unknown in how this vLLM's asynchronous scheduler takes tokens in; None if nothing is."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    used = {
+        SchedulerOutput: {"num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_new_reqs"},
+        ModelRunnerOutput: {"req_ids", "req_id_to_index", "sampled_token_ids", "logprobs"},
+    }
+    for kind, names in used.items():
+        if missing := names - {field.name for field in fields(kind)}:
+            return f"vLLM's {kind.__name__} has no {', '.join(sorted(missing))}"
+    method, expected = AsyncScheduler._update_request_with_output, ("self", "request", "new_token_ids")
+    if (given := tuple(inspect.signature(method).parameters)[:3]) != expected:
+        return f"{method.__name__} takes {given}, not {expected}"
+    return None
+
+
+def stops_of(request: Any) -> frozenset[int] | None:
+    """Return the tokens that may end a request, given as the scheduler has it; None if other things may, too."""
+    params = request.sampling_params
+    if params is None or params.repetition_detection is not None or request.use_structured_output or request.resumable:
+        return None
+    return frozenset({params.eos_token_id, *(params.stop_token_ids or ())} - {None})
+
+
+def tokens_left(scheduler: Any, request: Any) -> int:
+    """Return after how many more tokens a request ends for its length."""
+    by_length: int = request.max_tokens - request.num_output_tokens
+    by_context: int = scheduler.max_model_len - request.num_tokens
+    return min(by_length, by_context)
+
+
+def enter(request: Any, token_ids: list[int]) -> None:
+    """Enter tokens into a request that do not end it, as the asynchronous scheduler does one by one."""
+    request.append_output_token_ids(token_ids)
+    request.num_output_placeholders -= len(token_ids)
+
+
+def is_plain_decode(scheduler_output: Any, model_runner_output: Any) -> bool:
+    """Whether a step gave one token to each of its requests, none of which begins, and nothing else."""
+    return (
+        scheduler_output.total_num_scheduled_tokens == len(scheduler_output.num_scheduled_tokens) > 0
+        and not scheduler_output.scheduled_new_reqs
+        and not scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        and not any(getattr(model_runner_output, name) for name in _other_results())
+    )
+
+
+def told_at_once(
+    scheduler_output: Any, model_runner_output: Any, tokens: Mapping[str, list[int]], *, is_step: bool
+) -> tuple[Any, Any]:
+    """Return what tells a scheduler of several steps' tokens of some requests, and of no other request.
+
+    Args:
+        scheduler_output: Of the last step.
+        model_runner_output: Of the last step.
+        tokens: Of each request to be told of.
+        is_step: Whether it also tells of the last step, for what is counted by the step.
+    """
+    counts = {name: len(token_ids) for name, token_ids in tokens.items()}
+    total = scheduler_output.total_num_scheduled_tokens if is_step else 0
+    return (
+        replace(scheduler_output, num_scheduled_tokens=counts, total_num_scheduled_tokens=total),
+        replace(
+            model_runner_output,
+            req_ids=list(tokens),
+            req_id_to_index={name: row for row, name in enumerate(tokens)},
+            sampled_token_ids=list(tokens.values()),
+            logprobs=None,
+        ),
+    )
+
+
+@functools.cache
+def _other_results() -> tuple[str, ...]:
+    """Name the fields of a step's results that a step may well leave empty."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    always = {"req_ids", "req_id_to_index", "sampled_token_ids", "logprobs", "cudagraph_stats"}
+    return tuple(field.name for field in fields(ModelRunnerOutput) if field.name not in always)
+
+
 def skip_idle_block_work(scheduler: Any) -> str | None:
     """Have a scheduler look after a request's cache blocks when it fills one, rather than for each token.
 
@@ -85,6 +188,7 @@ def skip_idle_block_work(scheduler: Any) -> str | None:
             return None
         allocate, cache = manager.allocate_slots, manager.cache_blocks
         blocks_of, nothing = group.req_to_blocks, manager.empty_kv_cache_blocks
+        num_cached_of = group.num_cached_block
     except AttributeError as error:
         return str(error)
     expected = {allocate: ("request", "num_new_tokens"), cache: ("request", "num_computed_tokens")}
@@ -101,7 +205,7 @@ def skip_idle_block_work(scheduler: Any) -> str | None:
         return allocate(request, num_new_tokens, **options)
 
     def cache_blocks(request: Any, num_computed_tokens: int) -> None:
-        if num_computed_tokens % size == 0:
+        if num_computed_tokens // size > num_cached_of.get(request.request_id, 0):
             cache(request, num_computed_tokens)
 
     manager.allocate_slots = allocate_slots

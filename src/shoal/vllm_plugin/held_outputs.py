@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from shoal.vllm_plugin.untold import Untold
+
 
 class Slices(Protocol):
     """The logprobs of a step, as vLLM's runner gives them."""
@@ -80,7 +82,11 @@ class HeldOutputs:
                 passed.append(output)
                 continue
             held.token_ids += output.new_token_ids
-            if type(row) is int:
+            if type(row) is Untold:
+                num_known = len(output.new_token_ids)
+                held.logprobs += row.logprobs[:num_known]
+                held.ranks += row.ranks[:num_known]
+            elif type(row) is int:
                 assert step is not None
                 held.logprobs.append(step.logprobs[row])
                 held.ranks.append(step.ranks[row])

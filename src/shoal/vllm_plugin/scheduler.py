@@ -11,6 +11,7 @@ from typing import Any
 
 from shoal import vllm_compat
 from shoal.vllm_plugin.held_outputs import HeldOutputs, StepLogprobs
+from shoal.vllm_plugin.late_scheduler import LateScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,13 @@ def make_scheduler(**arguments: Any) -> Any:
     if surprise := vllm_compat.why_not_hold():
         logger.warning("every token goes to the front end by itself, which costs speed: %s", surprise)
         return base(**arguments)
-    scheduler = type("ShoalScheduler", (HoldingScheduler, base), {"__module__": __name__})(**arguments)
+    bases: list[type] = [HoldingScheduler, base]
+    if vllm_compat.is_told_late(arguments["vllm_config"]):
+        if surprise := vllm_compat.why_not_tell_late():
+            logger.warning("the scheduler is told of every token by itself, which costs speed: %s", surprise)
+        else:
+            bases.insert(1, LateScheduler)
+    scheduler = type("ShoalScheduler", tuple(bases), {"__module__": __name__})(**arguments)
     if surprise := vllm_compat.skip_idle_block_work(scheduler):
         logger.warning("cache blocks are looked after for every token, which costs speed: %s", surprise)
     return scheduler
