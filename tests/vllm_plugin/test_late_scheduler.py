@@ -68,6 +68,7 @@ class Runner:
     def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.seeds: dict[str, int] = {}
+        self.prompts: dict[str, int] = {}
         self.blocks: dict[str, int] = {}
         self.computed: dict[str, int] = {}
         self.may_lose: set[str] = set()
@@ -84,15 +85,17 @@ class Runner:
             self.may_lose.discard(new.req_id)
             self.tokens[new.req_id] = told
             self.seeds[new.req_id] = new.sampling_params.seed
+            self.prompts[new.req_id] = len(new.prompt_token_ids)
             self.blocks[new.req_id] = len(new.block_ids[0])
             self.computed[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         assert not cached.resumed_req_ids
-        for name, blocks, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        for name, blocks, computed, written in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True
         ):
             self.blocks[name] += len(blocks[0]) if blocks else 0
             assert computed == self.computed[name]
+            assert written == len(self.tokens[name]) - self.prompts[name]
         names = list(output.num_scheduled_tokens)
         random.Random(len(self.tokens)).shuffle(names)  # a runner has an order of its own
         sampled = []
@@ -174,6 +177,15 @@ class Core:
         self.requests[name].is_aborted = True
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
 
+    @property
+    def is_paused(self) -> bool:
+        return bool(self.scheduler.pause_state.name == "PAUSED_ALL")
+
+    def pause(self, *, on: bool) -> None:
+        from vllm.v1.core.sched.interface import PauseState
+
+        self.scheduler.set_pause_state(PauseState.PAUSED_ALL if on else PauseState.UNPAUSED)
+
     def empty_prefix_cache(self, *, of_running: bool) -> None:
         if of_running:
             self.runner.may_lose |= set(self.scheduler.requests)
@@ -185,6 +197,7 @@ class Core:
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             assert output.total_num_scheduled_tokens == sum(output.num_scheduled_tokens.values())
+            assert not (self.is_paused and output.num_scheduled_tokens)
             self.under_way.append((output, self.runner.run(output)))
             if output.total_num_scheduled_tokens and len(self.under_way) < 2:
                 return
@@ -288,6 +301,38 @@ def test_the_scheduler_is_told_of_many_tokens_at_once(config: Any) -> None:
     assert core.num_told == 12
 
 
+def test_vllm_looks_at_a_request_when_it_needs_a_block(config: Any) -> None:
+    core = Core(config, num_blocks=400, seed=0)
+    core.scheduler.interval_s = 1e9
+    asked: list[str] = []
+    allocate = core.scheduler.kv_cache_manager.allocate_slots
+
+    def allocate_slots(request: Any, *args: Any, **options: Any) -> Any:
+        asked.append(request.request_id)
+        return allocate(request, *args, **options)
+
+    core.scheduler.kv_cache_manager.allocate_slots = allocate_slots
+    for name, max_tokens in (("a", 41), ("ends meanwhile", 10), ("b", 41)):
+        core.add(wanted(name, core.random, prompt=[5] * 8, max_tokens=max_tokens, stops=False))
+    core.finish()
+    assert_right(core)
+    # The prompt, every fourth of the 40 tokens that are computed after it, and one step too many at the end.
+    assert [asked.count(name) for name in ("a", "b")] == [12, 12]
+
+
+def test_for_how_long_a_request_is_steady(config: Any) -> None:
+    core = Core(config, num_blocks=400, seed=0)
+    steps_of = vllm_compat.steady_steps(core.scheduler)
+    assert steps_of is not None
+    for name, num_tokens, max_tokens in (("block", 6, 60), ("length", 5, 3), ("context", 94, 60)):
+        core.add(wanted(name, core.random, prompt=[5] * num_tokens, max_tokens=max_tokens, stops=False))
+    core.step()
+    core.step()
+    steps = {name: steps_of(request) for name, request in core.scheduler.requests.items()}
+    # Computed so far: 7, 6 and, as the third prompt took both steps, 94 tokens.
+    assert steps == {"block": 1, "length": 1, "context": 1}
+
+
 def test_without_delay_it_is_told_of_each(config: Any) -> None:
     """The control."""
     core = Core(config, num_blocks=400, seed=0)
@@ -303,7 +348,9 @@ def test_without_delay_it_is_told_of_each(config: Any) -> None:
 @pytest.mark.parametrize("case", range(30))
 def test_whatever_happens_every_request_gets_its_tokens(config: Any, num_blocks: int, case: int) -> None:
     core = Core(config, num_blocks, seed=case)
-    core.scheduler.defer_block_free = case % 2 == 1  # blocks are counted by the step then
+    if defers := case % 4 == 3:  # blocks are freed by the number of steps
+        core.scheduler.defer_block_free = True
+        core.scheduler._shoal_steps_of = vllm_compat.steady_steps(core.scheduler)
     rng = core.random
     for number in range(rng.randrange(20, 200)):
         core.scheduler.interval_s = rng.choice([0, 1e9, 1e9, 1e9])
@@ -317,9 +364,12 @@ def test_whatever_happens_every_request_gets_its_tokens(config: Any, num_blocks:
         elif chance < 0.29 and alive:
             core.abort(rng.choice(alive))
         elif chance < 0.31:
-            core.empty_prefix_cache(of_running=case % 2 == 0 and rng.random() < 0.5)
+            core.empty_prefix_cache(of_running=not defers and rng.random() < 0.5)
+        elif chance < 0.36:
+            core.pause(on=chance < 0.33)
         core.step()
     core.scheduler.interval_s = 1e9
+    core.pause(on=False)
     core.finish()
     assert_right(core)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -88,6 +88,7 @@ def why_not_tell_late() -> str | None:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
     used = {
         SchedulerOutput: {"num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_new_reqs"},
@@ -99,6 +100,10 @@ def why_not_tell_late() -> str | None:
     method, expected = AsyncScheduler._update_request_with_output, ("self", "request", "new_token_ids")
     if (given := tuple(inspect.signature(method).parameters)[:3]) != expected:
         return f"{method.__name__} takes {given}, not {expected}"
+    code = inspect.getsource(Request.__init__)
+    for name in ("num_in_flight_tokens", "num_output_placeholders"):
+        if f"self.{name}" not in code:
+            return f"vLLM's Request has no {name}"
     return None
 
 
@@ -167,6 +172,61 @@ def _other_results() -> tuple[str, ...]:
     return tuple(field.name for field in fields(ModelRunnerOutput) if field.name not in always)
 
 
+def steady_steps(scheduler: Any) -> Callable[[Any], int] | None:
+    """Return what tells in how many of the next steps nothing but one more token becomes of a request that runs.
+
+    That is until it needs a cache block, or ends for its length. None for models with other than full attention, or
+    where blocks are freed late.
+    """
+    try:
+        found = None if scheduler.defer_block_free else _full_attention(scheduler)
+    except AttributeError:  # `skip_idle_block_work` says so
+        return None
+    if found is None:
+        return None
+    _, group = found
+    size, blocks_of = group.block_size, group.req_to_blocks
+
+    def steps(request: Any) -> int:
+        computed = request.num_computed_tokens
+        if request.num_tokens_with_spec + request.num_output_placeholders - computed != 1:
+            return 0  # its prompt is not done
+        if request.has_encoder_inputs or request.use_structured_output:
+            return 0
+        by_blocks: int = size * len(blocks_of[request.request_id]) - computed
+        by_length: int = request.num_prompt_tokens + request.max_tokens - 1 - computed
+        by_context: int = scheduler.max_model_len - 1 - computed
+        return min(by_blocks, by_length, by_context)
+
+    return steps
+
+
+def is_unpaused(scheduler: Any) -> bool:
+    """Whether a scheduler plans steps at all."""
+    return bool(scheduler.pause_state.name == "UNPAUSED")
+
+
+def num_free_blocks(scheduler: Any) -> int:
+    """Return how many cache blocks can be given to requests."""
+    return int(scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+
+def give_token_each(output: Any, requests: Mapping[str, Any]) -> None:
+    """Add steady requests to a step that is planned, and do to each what planning it does."""
+    cached = output.scheduled_cached_reqs
+    cached.req_ids += requests
+    cached.new_block_ids += [None] * len(requests)
+    output.num_scheduled_tokens.update(dict.fromkeys(requests, 1))
+    output.total_num_scheduled_tokens += len(requests)
+    for request in requests.values():
+        computed = request.num_computed_tokens
+        cached.num_computed_tokens.append(computed)
+        cached.num_output_tokens.append(computed + 1 - request.num_prompt_tokens)
+        request.num_computed_tokens = computed + 1
+        request.num_in_flight_tokens += 1
+        request.num_output_placeholders += 1
+
+
 def skip_idle_block_work(scheduler: Any) -> str | None:
     """Have a scheduler look after a request's cache blocks when it fills one, rather than for each token.
 
@@ -178,14 +238,11 @@ def skip_idle_block_work(scheduler: Any) -> str | None:
         What is not as expected in this vLLM, which then goes on as it did; None if nothing is.
     """
     try:
-        manager = scheduler.kv_cache_manager
-        groups = manager.coordinator.single_type_managers
-        if scheduler.connector is not None or scheduler.num_lookahead_tokens or len(groups) != 1:
+        found = _full_attention(scheduler)
+        if found is None:
             return None
-        (group,) = groups
+        manager, group = found
         size = group.block_size
-        if type(group).__name__ != "FullAttentionManager" or manager.block_pool.hash_block_size != size:
-            return None
         allocate, cache = manager.allocate_slots, manager.cache_blocks
         blocks_of, nothing = group.req_to_blocks, manager.empty_kv_cache_blocks
         num_cached_of = group.num_cached_block
@@ -211,3 +268,19 @@ def skip_idle_block_work(scheduler: Any) -> str | None:
     manager.allocate_slots = allocate_slots
     manager.cache_blocks = cache_blocks
     return None
+
+
+def _full_attention(scheduler: Any) -> tuple[Any, Any] | None:
+    """Return a scheduler's managers of cache and blocks, if the model has full attention alone and nothing is unusual.
+
+    Raises:
+        AttributeError: This vLLM is not as expected.
+    """
+    manager = scheduler.kv_cache_manager
+    groups = manager.coordinator.single_type_managers
+    if scheduler.connector is not None or scheduler.num_lookahead_tokens or len(groups) != 1:
+        return None
+    (group,) = groups
+    if type(group).__name__ != "FullAttentionManager" or manager.block_pool.hash_block_size != group.block_size:
+        return None
+    return manager, group

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from shoal import vllm_compat
+from shoal.vllm_plugin.steady import SteadyRequests
 from shoal.vllm_plugin.untold import StepTokens, UntoldTokens
 
 
@@ -26,6 +27,8 @@ class LateScheduler:
         self._shoal_untold = UntoldTokens()
         self._shoal_last_step: tuple[Any, Any] = (None, None)
         self._shoal_unsent: list[dict[int, Any]] = []
+        self._shoal_steady: SteadyRequests | None = None
+        self._shoal_steps_of = vllm_compat.steady_steps(self)
 
     def add_request(self, request: Any) -> None:
         """Take a request in."""
@@ -42,10 +45,28 @@ class LateScheduler:
         return ended
 
     def schedule(self, *args: Any, **options: Any) -> Any:
-        """Plan a step. Whoever waits may have been preempted, and goes on from what is known of it."""
-        if len(self.requests) != len(self.running):  # type: ignore[attr-defined]
-            self._shoal_tell_all()
-        return super().schedule(*args, **options)  # type: ignore[misc]
+        """Plan a step, of which vLLM looks only at requests that are not steady, where none waits or is in its way."""
+        running = self.running  # type: ignore[has-type]
+        is_alone = len(self.requests) == len(running)  # type: ignore[attr-defined]
+        if not is_alone:
+            self._shoal_tell_all()  # whoever waits may have been preempted, and goes on from what is known of it
+        steady = self._shoal_steady if is_alone and not (any(args) or any(options.values())) else None
+        if steady is None or len(steady) != len(running) or not vllm_compat.is_unpaused(self):
+            output = super().schedule(*args, **options)  # type: ignore[misc]
+            self._shoal_steady = self._shoal_find_steady(output) if is_alone else None
+            return output
+        looked_at = steady.begin_step()
+        if vllm_compat.num_free_blocks(self) < len(looked_at):  # somebody may be preempted
+            self._shoal_steady = None
+            return super().schedule(*args, **options)  # type: ignore[misc]
+        self.running = looked_at
+        try:
+            output = super().schedule(*args, **options)  # type: ignore[misc]
+        finally:
+            self.running = running
+        vllm_compat.give_token_each(output, steady.steady)
+        steady.end_step()
+        return output
 
     def reset_prefix_cache(self, *args: Any, **options: Any) -> Any:
         """Empty the prefix cache, which may preempt all that run."""
@@ -90,6 +111,12 @@ class LateScheduler:
         )
         return self._shoal_untold.take(step, self.requests)  # type: ignore[attr-defined]
 
+    def _shoal_find_steady(self, output: Any) -> SteadyRequests | None:
+        """Return the requests that run by how long they are steady, after a step in which none begins."""
+        if self._shoal_steps_of is None or output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
+            return None
+        return SteadyRequests(self.running, self._shoal_steps_of)  # type: ignore[attr-defined]
+
     def _shoal_tell_all(self) -> None:
         """Have nothing untold, between two steps."""
         if names := self._shoal_untold.names:
@@ -115,6 +142,8 @@ class LateScheduler:
             request = self.requests.get(name)  # type: ignore[attr-defined]
             if request is None:
                 self._shoal_untold.close(name)
+                if self._shoal_steady is not None:
+                    self._shoal_steady.drop(name)
             else:
                 self._shoal_untold.expect(name, vllm_compat.tokens_left(self, request))
 
