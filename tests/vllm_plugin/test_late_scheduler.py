@@ -22,7 +22,7 @@ from shoal.testing import tiny_tokenizer
 from shoal.vllm_plugin.scheduler import make_scheduler
 from shoal.vllm_plugin.untold import StepTokens, UntoldTokens
 
-BLOCK, MAX_MODEL_LEN, VOCABULARY, STOP = 4, 96, 50, 7
+BLOCK, MAX_MODEL_LEN, MAX_BATCHED, VOCABULARY, STOP = 4, 96, 24, 50, 7
 
 
 def token_at(seed: int, position: int) -> int:
@@ -96,6 +96,7 @@ class Runner:
             self.blocks[name] += len(blocks[0]) if blocks else 0
             assert computed == self.computed[name]
             assert written == len(self.tokens[name]) - self.prompts[name]
+        assert output.total_num_scheduled_tokens <= MAX_BATCHED, "more than a runner has room for"
         names = list(output.num_scheduled_tokens)
         random.Random(len(self.tokens)).shuffle(names)  # a runner has an order of its own
         sampled = []
@@ -264,7 +265,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         made = EngineArgs(
             model=str(folder), load_format="dummy", dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=12,
-            max_num_batched_tokens=MAX_MODEL_LEN, enable_chunked_prefill=True, block_size=BLOCK,
+            max_num_batched_tokens=MAX_BATCHED, enable_chunked_prefill=True, block_size=BLOCK,
             generation_config="vllm", enable_prefix_caching=True,
         ).create_engine_config()  # fmt: skip
         made.scheduler_config.async_scheduling = True
@@ -274,7 +275,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def wanted(name: str, rng: random.Random, *, shares: float = 0.0, **changes: Any) -> Expected:
-    prompt = [rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(1, 30))]
+    prompt = [rng.randrange(3, VOCABULARY) for _ in range(rng.choice([rng.randrange(1, 30), rng.randrange(1, 85)]))]
     if rng.random() < shares:  # of its prompt, others have a part in the prefix cache
         prompt = [*range(3, 3 + 2 * BLOCK), *prompt]
     values = {
@@ -294,7 +295,7 @@ def test_the_scheduler_is_told_of_many_tokens_at_once(config: Any) -> None:
     assert "LateScheduler" in [base.__name__ for base in type(core.scheduler).__mro__]
     core.scheduler.interval_s = 1e9
     for index in range(6):
-        core.add(wanted(str(index), core.random, max_tokens=40 + index, stops=False))
+        core.add(wanted(str(index), core.random, prompt=[5] * 3, max_tokens=40 + index, stops=False))
     core.finish()
     assert_right(core)
     # The first token, and the last with all before it.
@@ -338,7 +339,7 @@ def test_without_delay_it_is_told_of_each(config: Any) -> None:
     core = Core(config, num_blocks=400, seed=0)
     core.scheduler.interval_s = 0
     for index in range(6):
-        core.add(wanted(str(index), core.random, max_tokens=40, stops=False))
+        core.add(wanted(str(index), core.random, prompt=[5] * 3, max_tokens=40, stops=False))
     core.finish()
     assert_right(core)
     assert core.num_told == 240

@@ -38,6 +38,7 @@ from shoal.vllm_compat.scheduling import (
     empty_message,
     enter,
     give_token_each,
+    has_new,
     is_plain_decode,
     is_told_late,
     is_unpaused,
@@ -52,6 +53,7 @@ from shoal.vllm_compat.scheduling import (
     told_at_once,
     why_not_hold,
     why_not_tell_late,
+    writes,
 )
 from shoal.vllm_compat.server import (
     Piece,
@@ -87,6 +89,7 @@ __all__ = [
     "empty_message",
     "enter",
     "give_token_each",
+    "has_new",
     "installed_version",
     "is_cpu_build",
     "is_plain_decode",
@@ -127,4 +130,5 @@ __all__ = [
     "worker_model",
     "worker_number",
     "write",
+    "writes",
 ]

@@ -128,12 +128,21 @@ def enter(request: Any, token_ids: list[int]) -> None:
     request.num_output_placeholders -= len(token_ids)
 
 
+def has_new(scheduler_output: Any) -> bool:
+    """Whether a request begins in a step, or goes on after it was preempted."""
+    return bool(scheduler_output.scheduled_new_reqs or scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+
+
+def writes(request: Any) -> bool:
+    """Whether a request that runs has done its prompt, so that a step gives it one token."""
+    return bool(request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens == 1)
+
+
 def is_plain_decode(scheduler_output: Any, model_runner_output: Any) -> bool:
     """Whether a step gave one token to each of its requests, none of which begins, and nothing else."""
     return (
         scheduler_output.total_num_scheduled_tokens == len(scheduler_output.num_scheduled_tokens) > 0
-        and not scheduler_output.scheduled_new_reqs
-        and not scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        and not has_new(scheduler_output)
         and not any(getattr(model_runner_output, name) for name in _other_results())
     )
 
@@ -173,7 +182,7 @@ def _other_results() -> tuple[str, ...]:
 
 
 def steady_steps(scheduler: Any) -> Callable[[Any], int] | None:
-    """Return what tells in how many of the next steps nothing but one more token becomes of a request that runs.
+    """Return what tells in how many of the next steps nothing but one more token becomes of a request that writes.
 
     That is until it needs a cache block, or ends for its length. None for models with other than full attention, or
     where blocks are freed late.
@@ -189,8 +198,6 @@ def steady_steps(scheduler: Any) -> Callable[[Any], int] | None:
 
     def steps(request: Any) -> int:
         computed = request.num_computed_tokens
-        if request.num_tokens_with_spec + request.num_output_placeholders - computed != 1:
-            return 0  # its prompt is not done
         if request.has_encoder_inputs or request.use_structured_output:
             return 0
         by_blocks: int = size * len(blocks_of[request.request_id]) - computed

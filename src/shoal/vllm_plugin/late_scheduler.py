@@ -39,9 +39,13 @@ class LateScheduler:
             self._shoal_untold.open(request.request_id, stops=stops, takes_logprobs=takes_logprobs)
 
     def finish_requests(self, *args: Any, **options: Any) -> Any:
-        """End requests from outside."""
+        """End requests from outside: nobody hears of them any more."""
         ended = super().finish_requests(*args, **options)  # type: ignore[misc]
-        self._shoal_untold.forget(self.requests)  # type: ignore[attr-defined]
+        alive = self.requests  # type: ignore[attr-defined]
+        self._shoal_untold.forget(alive)
+        for messages in self._shoal_unsent:
+            for message in messages.values():
+                message.outputs = [output for output in message.outputs if output.request_id in alive]
         return ended
 
     def schedule(self, *args: Any, **options: Any) -> Any:
@@ -112,10 +116,14 @@ class LateScheduler:
         return self._shoal_untold.take(step, self.requests)  # type: ignore[attr-defined]
 
     def _shoal_find_steady(self, output: Any) -> SteadyRequests | None:
-        """Return the requests that run by how long they are steady, after a step in which none begins."""
-        if self._shoal_steps_of is None or output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
+        """Return the requests that run by how long they are steady, once all of them have done their prompts.
+
+        What is left of a prompt would be given all the room that a step has.
+        """
+        running = self.running
+        if self._shoal_steps_of is None or vllm_compat.has_new(output) or not all(map(vllm_compat.writes, running)):
             return None
-        return SteadyRequests(self.running, self._shoal_steps_of)  # type: ignore[attr-defined]
+        return SteadyRequests(running, self._shoal_steps_of)
 
     def _shoal_tell_all(self) -> None:
         """Have nothing untold, between two steps."""
