@@ -37,7 +37,6 @@ from shoal.vllm_plugin.scheduler import HoldingScheduler, make_scheduler
 
 VOCABULARY = SHAPES["tiny"].vocabulary
 _KIND = "SHOAL_BENCH_CORE_KIND"
-KINDS = ("vllm", "holds", "blocks", "both", "ours")
 
 
 class NullExecutor(Executor):
@@ -125,12 +124,15 @@ def ours(base: Any, arguments: Any) -> Any:
     return make_scheduler(**arguments)
 
 
+KINDS = {make.__name__: make for make in (vllm, holds, blocks, both, ours)}
+
+
 def scheduler(**arguments: Any) -> Any:
     """Return the scheduler of the kind that is measured, for a runner that keeps tokens itself, as on GPUs."""
     config = arguments["vllm_config"]
     type(config).use_v2_model_runner, type(config)._validate_v2_model_runner = True, lambda self: None  # not on CPUs
     base = vllm_compat.scheduler_class(config)
-    return globals()[os.environ[_KIND]](base, arguments)
+    return KINDS[os.environ[_KIND]](base, arguments)
 
 
 def main() -> None:

@@ -158,16 +158,9 @@ def test_the_way_to_this_host_itself_is_loopback_and_its_other_addresses_are_its
         local_address("no-such-host.invalid")
 
 
-def _answers(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=5):
-            return True
-    except ConnectionRefusedError:
-        return False
-
-
 def test_a_store_listens_at_the_address_that_it_was_given_and_at_no_other() -> None:
-    # Another process may have the same number at another address. Five have not, one after the other.
-    stores = [host_store("127.0.0.2", 5) for _ in range(5)]
-    assert all(_answers("127.0.0.2", store.port) for store in stores)
-    assert not all(_answers("127.0.0.1", store.port) for store in stores)
+    store = host_store("127.0.0.2", 5)
+    with socket.create_connection(("127.0.0.2", store.port), timeout=5):
+        pass
+    # Not asked of the port itself: another process may have the same number at another address.
+    assert listening_addresses(store.port) == {"127.0.0.2"}

@@ -70,8 +70,7 @@ class UntoldTokens:
     def forget(self, alive: Collection[str]) -> None:
         """Drop all of requests that have ended."""
         for name in [name for name in self._requests if name not in alive]:
-            del self._requests[name]
-            self._kept.pop(name, None)
+            self.close(name)
 
     def take(self, step: StepTokens, alive: Collection[str]) -> list[str] | None:
         """Keep what a step has brought.
