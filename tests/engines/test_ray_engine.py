@@ -16,7 +16,7 @@ from shoal.engines.fleet import Fleet
 from shoal.engines.ray_engine import RayEngine, RayLauncher
 from shoal.errors import ConfigError, EngineStartError
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 SERVER = """
 import argparse, json, os, pathlib
@@ -78,9 +78,9 @@ def model_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def start(specs: list[EngineSpec], logs: Path, timeout_s: float = 60) -> Fleet:
+def start(specs: list[EngineSpec], logs: Path, timeout_s: float = 180) -> Fleet:
     launch = RayLauncher(on_gpus=False, timeout_s=timeout_s)
-    return Fleet.start(specs, log_dir=logs, timeout_s=120, request_timeout_s=10, launch=launch)
+    return Fleet.start(specs, log_dir=logs, timeout_s=180, request_timeout_s=30, launch=launch)
 
 
 def engine_processes(fleet: Fleet) -> list[list[psutil.Process]]:

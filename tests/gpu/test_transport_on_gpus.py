@@ -83,4 +83,4 @@ def test_nccl_from_two_trainer_ranks_to_two_workers() -> None:
     ids=lambda case: case.__name__,
 )
 def test_nccl_when_one_of_two_fails(case: Callable[..., None]) -> None:
-    contract.run([case], "nccl", trainers=[FIRST], workers=[SECOND])
+    contract.run([case], "nccl", trainers=[FIRST], workers=[SECOND], timeout_s=contract.SOON_S / 2)

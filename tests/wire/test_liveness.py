@@ -30,7 +30,7 @@ def test_a_killed_process_is_dead_before_anyone_has_reaped_it() -> None:
         assert identity.pid == process.pid
         assert not identity.is_dead()
         process.kill()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not identity.is_dead() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert identity.is_dead()
@@ -52,15 +52,15 @@ def test_nothing_is_said_of_a_process_of_another_machine() -> None:
 
 
 def test_a_member_that_leaves_is_seen_through_the_store() -> None:
-    store = host_store("127.0.0.1", timeout_s=10)
+    store = host_store("127.0.0.1", timeout_s=60)
     store.set("member/1", '{"place": "elsewhere", "pid": 1, "started": 1}')
-    first = Peers(store, rank=0, others=[1], timeout_s=10)
-    second = Peers(store, rank=1, others=[0], timeout_s=10)
+    first = Peers(store, rank=0, others=[1], timeout_s=60)
+    second = Peers(store, rank=1, others=[0], timeout_s=60)
     first.watch_store()
     second.watch_store()
     first.check_all()
     second.leave()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     with pytest.raises(ConnectionError, match="member 1 has left"):
         while time.monotonic() < deadline:
             first.check_all()
@@ -70,12 +70,12 @@ def test_a_member_that_leaves_is_seen_through_the_store() -> None:
 
 def test_nobody_waits_for_a_member_that_is_excused() -> None:
     store = host_store("127.0.0.1", 60)
-    asker = join_store(store.host, store.port, 10)  # a waiting call holds its connection
+    asker = join_store(store.host, store.port, 60)  # a waiting call holds its connection
     with ThreadPoolExecutor(1) as threads:
         meeting = threads.submit(Peers, store, rank=0, others=[1, 2], timeout_s=60)
-        Peers(join_store(store.host, store.port, 10), rank=1, others=[0], timeout_s=10)
+        Peers(join_store(store.host, store.port, 60), rank=1, others=[0], timeout_s=60)
         began = time.monotonic()
         excuse(asker, 2)
         with pytest.raises(GoneError, match="member 2 of the weight transfer does not come"):
-            meeting.result(30)
-    assert time.monotonic() - began < 20
+            meeting.result(50)
+    assert time.monotonic() - began < 50

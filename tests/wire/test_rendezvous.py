@@ -25,6 +25,7 @@ from shoal.wire.rendezvous import (
 )
 
 HOST = "127.0.0.1"
+PATIENCE_S = 60.0  # for what does happen, on a machine that has other work
 
 # What the far side does, in a process of its own: answer through the store, then receive two broadcasts.
 PEER = """
@@ -32,9 +33,9 @@ import os, sys, torch, torch.distributed as dist
 from shoal.wire.digest import digest
 from shoal.wire.rendezvous import join_store, make_group
 port = int(sys.argv[1])
-store = join_store("127.0.0.1", port, 20)
+store = join_store("127.0.0.1", port, 60)
 store.set("greeting", store.get("question").decode() + " yes")
-group = make_group(store, backend="gloo", host="127.0.0.1", rank=1, size=2, timeout_s=20)
+group = make_group(store, backend="gloo", host="127.0.0.1", rank=1, size=2, timeout_s=60)
 options = dist.BroadcastOptions()
 options.rootRank = 0
 for key, value in (("first", torch.zeros(1000, dtype=torch.bfloat16)), ("second", torch.zeros(3, 5))):
@@ -59,52 +60,52 @@ def broadcast(group: dist.ProcessGroup, value: torch.Tensor) -> None:
 
 
 def test_the_store_listens_on_the_given_address_alone() -> None:
-    store = host_store(HOST, timeout_s=5)
+    store = host_store(HOST, PATIENCE_S)
     assert listening_addresses(store.port) == {HOST}
 
 
 def test_torchs_own_store_would_listen_on_every_address() -> None:
-    store = dist.TCPStore(HOST, 0, None, True, timedelta(seconds=5), wait_for_workers=False)  # type: ignore[attr-defined]
+    store = dist.TCPStore(HOST, 0, None, True, timedelta(seconds=PATIENCE_S), wait_for_workers=False)  # type: ignore[attr-defined]
     assert listening_addresses(store.port) - {HOST}  # the control: why the store is handed a bound socket
 
 
 def test_two_processes_meet_and_what_is_broadcast_arrives_bit_for_bit() -> None:
     from shoal.wire.digest import digest
 
-    store = host_store(HOST, timeout_s=20)
+    store = host_store(HOST, PATIENCE_S)
     peer = subprocess.Popen([sys.executable, "-c", PEER, str(store.port)])
     try:
         store.set("question", "are you there?")
-        store.wait(["greeting"], timedelta(seconds=20))
+        store.wait(["greeting"], timedelta(seconds=PATIENCE_S))
         assert store.get("greeting").decode() == "are you there? yes"
-        group = make_group(store, backend="gloo", host=HOST, rank=0, size=2, timeout_s=20)
+        group = make_group(store, backend="gloo", host=HOST, rank=0, size=2, timeout_s=PATIENCE_S)
         sent = {"first": torch.randn(1000).to(torch.bfloat16), "second": torch.randn(3, 5)}
         for key, value in sent.items():
             broadcast(group, value)
-            store.wait([key], timedelta(seconds=20))
+            store.wait([key], timedelta(seconds=PATIENCE_S))
             assert int(store.get(key)) == digest(value)
             assert digest(value) != 0  # what the far side started from
-        assert peer.wait(timeout=20) == 0
+        assert peer.wait(timeout=PATIENCE_S) == 0
     finally:
         peer.kill()
         peer.wait()
 
 
 def test_a_group_lets_no_tensor_listen_beyond_its_address() -> None:
-    store = host_store(HOST, timeout_s=5)
+    store = host_store(HOST, PATIENCE_S)
     before = psutil.Process().net_connections(kind="tcp")
-    group = make_group(store, backend="gloo", host=HOST, rank=0, size=1, timeout_s=5)
+    group = make_group(store, backend="gloo", host=HOST, rank=0, size=1, timeout_s=PATIENCE_S)
     broadcast(group, torch.zeros(2))
     new = [c for c in psutil.Process().net_connections(kind="tcp") if c not in before]
     assert {c.laddr.ip for c in new if c.status == psutil.CONN_LISTEN} <= {HOST}
 
 
 def test_a_group_whose_peer_never_comes_is_an_error_within_the_time_out() -> None:
-    store = host_store(HOST, timeout_s=1)
+    store = host_store(HOST, 2 * PATIENCE_S)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)time"):
         make_group(store, backend="gloo", host=HOST, rank=0, size=2, timeout_s=1)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < PATIENCE_S
 
 
 def test_what_is_set_while_an_nccl_group_is_made_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,30 +118,30 @@ def test_what_is_set_while_an_nccl_group_is_made_is_put_back(monkeypatch: pytest
 
 
 def test_a_value_that_never_comes_is_an_error_within_the_time_out() -> None:
-    store = host_store(HOST, timeout_s=300)
+    store = host_store(HOST, 2 * PATIENCE_S)
     began = time.monotonic()
     with pytest.raises(dist.DistStoreError):
         store.wait(["nobody sets this"], timedelta(seconds=0.5))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < PATIENCE_S
 
 
 def test_joining_a_store_that_nobody_serves_is_an_error_within_the_time_out() -> None:
-    store: Store = host_store(HOST, timeout_s=1)
+    store: Store = host_store(HOST, PATIENCE_S)
     port = store.port
     del store
     began = time.monotonic()
     with pytest.raises(dist.DistError):
         join_store(HOST, port, timeout_s=1)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < PATIENCE_S
 
 
 def test_a_value_is_looked_for_without_waiting_and_can_be_taken_back() -> None:
-    store = host_store(HOST, timeout_s=30)
-    other = join_store(HOST, store.port, timeout_s=5)
+    store = host_store(HOST, PATIENCE_S)
+    other = join_store(HOST, store.port, PATIENCE_S)
     assert not store.check(["mark"])
     other.set("mark", "x")
     store.wait(
-        ["mark"], timedelta(seconds=60)
+        ["mark"], timedelta(seconds=PATIENCE_S)
     )  # `set` waits for no answer, and the store's own connection may be faster
     assert store.check(["mark"])
     store.delete_key("mark")
@@ -159,8 +160,8 @@ def test_the_way_to_this_host_itself_is_loopback_and_its_other_addresses_are_its
 
 
 def test_a_store_listens_at_the_address_that_it_was_given_and_at_no_other() -> None:
-    store = host_store("127.0.0.2", 5)
-    with socket.create_connection(("127.0.0.2", store.port), timeout=5):
+    store = host_store("127.0.0.2", PATIENCE_S)
+    with socket.create_connection(("127.0.0.2", store.port), timeout=PATIENCE_S):
         pass
     # Not asked of the port itself: another process may have the same number at another address.
     assert listening_addresses(store.port) == {"127.0.0.2"}

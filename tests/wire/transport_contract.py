@@ -326,6 +326,21 @@ def a_stalled_worker_is_a_time_out(member: Member) -> None:
     _expect(member, TimeoutError, timeout_s=2, within_s=SOON_S)
 
 
+def an_answer_that_a_stalled_worker_owes_is_a_time_out(member: Member) -> None:
+    """The first in its direction: with NCCL it connects, so that `receive` itself takes until it is late."""
+    if not member.is_trainer:
+        _send_signal_and_wait(member, "started", signal.SIGSTOP)
+    _exchange(member)
+    member.meet("started")
+    time.sleep(2)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        member.transport.receive([Parcel(torch.zeros(3, device=member.device), peer) for peer in member.peers])
+        member.transport.finish(2)
+    assert time.monotonic() - began < SOON_S
+    _expect(member, TimeoutError, timeout_s=2, within_s=SOON_S)
+
+
 def closing_abandons(member: Member) -> None:
     """Both ends wait for something that nobody sends; one closes."""
     large = _large(member)
@@ -356,6 +371,7 @@ FAILURES: tuple[Callable[[Member], None], ...] = (
     a_killed_trainer_is_an_error_soon,
     a_trainer_killed_in_the_middle_of_a_tensor_is_an_error_soon,
     a_stalled_worker_is_a_time_out,
+    an_answer_that_a_stalled_worker_owes_is_a_time_out,
     closing_abandons,
 )
 CASES = {case.__name__: case for case in (*TRANSFERS, *FAILURES)}
@@ -402,7 +418,11 @@ def run(
         a_trainer_killed_in_the_middle_of_a_tensor_is_an_error_soon,
     }.isdisjoint(cases):
         lost = range(len(trainers))
-    elif not {a_killed_worker_is_an_error_soon, a_stalled_worker_is_a_time_out}.isdisjoint(cases):
+    elif not {
+        a_killed_worker_is_an_error_soon,
+        a_stalled_worker_is_a_time_out,
+        an_answer_that_a_stalled_worker_owes_is_a_time_out,
+    }.isdisjoint(cases):
         lost = range(len(trainers), len(devices))
     said: dict[int, str] = {}
     try:

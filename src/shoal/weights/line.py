@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from shoal.errors import WeightSyncError
 from shoal.protocols import WeightTransport
+from shoal.wire.abandonable import AbandonableCall
 from shoal.wire.agreement import done_key, gave_up_key
 from shoal.wire.liveness import excuse, expel
 from shoal.wire.rendezvous import Store, join_store
 from shoal.wire.transport import Backend, make_transport
+
+T = TypeVar("T")
 
 _GLANCE = timedelta(milliseconds=50)
 
@@ -123,7 +125,7 @@ class EngineLine:
                 timeout_s=self._timeout_s * PATIENCE,
             )
 
-        self._transport = AbandonableCall(make).result(self._timeout_s, f"{self.name} to join the weight group")
+        self._transport = within(self._timeout_s, make, f"{self.name} to join the weight group")
 
     def call_off(self) -> None:
         """Have nobody wait any longer for the workers to join: the engine has said that they do not."""
@@ -161,33 +163,13 @@ class EngineLine:
             return ""
 
 
-class AbandonableCall:
-    """A blocking call on a daemon thread, which is left behind if nobody fetches its result.
+def within(timeout_s: float, function: Callable[[], T], what: str) -> T:
+    """Return what a blocking call returns; leave it behind if it takes too long.
 
-    A collective whose partner died cannot be interrupted from Python; the control call beside it decides instead.
+    Raises:
+        WeightSyncError: It took longer than `timeout_s`.
     """
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True, name="weights")
-        self._thread.start()
-
-    def result(self, timeout_s: float, what: str) -> Any:
-        """Wait for the value.
-
-        Raises:
-            WeightSyncError: It took longer than `timeout_s`.
-        """
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            raise WeightSyncError(f"waited {timeout_s:g} s for {what} (weight_sync_timeout_s)")
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def _run(self, function: Callable[[], Any]) -> None:
-        try:
-            self._value = function()
-        except BaseException as error:
-            self._error = error
+    call = AbandonableCall(function, "weights")
+    if not call.ends_within(timeout_s):
+        raise WeightSyncError(f"waited {timeout_s:g} s for {what} (weight_sync_timeout_s)")
+    return call.result()

@@ -6,6 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -13,13 +14,14 @@ from shoal.errors import ConfigError, EngineRequestError, WeightSyncError
 from shoal.protocols import Ranks, WeightSource
 from shoal.types import UNPROVEN, Interval, PublishReport
 from shoal.weights.group import EngineAddress, PublishSettings
-from shoal.weights.line import AbandonableCall
+from shoal.weights.line import within
 from shoal.weights.native_api import FanOut, Outgoing, SendWeights, connect_native
 from shoal.wire.agreement import MODEL, Cargo
 from shoal.wire.plan import SlicePlan, dtype_from_name
 from shoal.wire.rendezvous import local_address
 
 Connect = Callable[..., SendWeights]
+T = TypeVar("T")
 
 
 class NativePublisher:
@@ -155,15 +157,14 @@ class NativePublisher:
         except EngineRequestError as error:
             raise WeightSyncError(f"an engine could not go on after a publish: {error}") from error
 
-    def _call(self, function: Callable[[], object], what: str) -> SendWeights | None:
+    def _call(self, function: Callable[[], T], what: str) -> T:
         """Do what cannot be interrupted, and leave it behind if it takes too long."""
         try:
-            result: SendWeights | None = AbandonableCall(function).result(self._settings.timeout_s, what)
+            return within(self._settings.timeout_s, function, what)
         except WeightSyncError:
             raise
         except Exception as error:
             raise WeightSyncError(f"{what} failed: {type(error).__name__}: {error}") from error
-        return result
 
     def _use_device(self) -> None:
         if self._device.type == "cuda":

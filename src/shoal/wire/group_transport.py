@@ -7,13 +7,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from shoal.protocols import Parcel, Pending
+from shoal.wire.abandonable import AbandonableCall
 from shoal.wire.liveness import LateError, Peers, patience_left
 from shoal.wire.rendezvous import Group
+
+Direction: TypeAlias = Literal["send", "recv"]
 
 _POLL_S = 50e-6
 _LIVENESS_PERIOD_S = 0.2
@@ -35,7 +39,7 @@ class GlooTransport:
 
     def __init__(self, group: Group, peers: Peers, timeout_s: float) -> None:
         self._group: Group | None = group
-        self.peers = peers
+        self._peers = peers
         self._timeout_s = timeout_s
         self._num_sent: Counter[int] = Counter()
         self._num_received: Counter[int] = Counter()
@@ -68,7 +72,7 @@ class GlooTransport:
             self._failure = self._failure or ConnectionError("the transport is closed")
             self._under_way.clear()
             self._group = None  # with the last reference, the works' included, the connections close
-        self.peers.leave()
+        self._peers.leave()
 
     def fail(self, error: Exception) -> Exception:
         """Record a failure of the group and return it in the protocol's terms."""
@@ -89,6 +93,11 @@ class GlooTransport:
         """Raise what has broken the group, if anything has."""
         if self._failure is not None:
             raise self._failure
+
+    def check(self) -> None:
+        """Raise what has broken the group, which another thread may have closed, or whom it has lost."""
+        self.raise_failure()
+        self._peers.check_all()
 
     def _post(self, parcels: Sequence[Parcel], operation: Callable[..., dist.Work], tags: Counter[int]) -> Pending:
         self.raise_failure()
@@ -127,9 +136,7 @@ class _GlooBatch:
         self._timeout_s = timeout_s
         self._awaited: int | None = None
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._ended = threading.Event()
-        self._error: Exception | None = None
+        self._waiting: AbandonableCall[None] | None = None
 
     def wait(self) -> None:
         """Block until the parcels are through."""
@@ -137,31 +144,22 @@ class _GlooBatch:
 
     def wait_for(self, timeout_s: float) -> None:
         """Block until the parcels are through, for so long at most."""
-        self._start_waiting(timeout_s)
-        deadline = time.monotonic() + timeout_s
-        while not self._ended.wait(max(0.0, min(_LIVENESS_PERIOD_S, deadline - time.monotonic()))):
-            self._transport.raise_failure()  # another thread may have closed it
-            try:
-                self._transport.peers.check_all()
-            except ConnectionError as error:
-                # What a peer sent before it left may still be in the pipe.
-                if not self._ended.wait(_GRACE_S):
-                    raise self._transport.fail(error) from error
-            if time.monotonic() >= deadline and not self._ended.is_set():
+        waiting = self._start_waiting(timeout_s)
+        try:
+            if not _ends_in_time(waiting, timeout_s, self._transport.check):
                 limit = max(timeout_s, self._timeout_s)
                 members = () if self._awaited is None else (self._awaited,)
-                raise self._transport.fail(
-                    LateError(f"a transfer of weights over Gloo took more than {limit:g} s", members)
-                )
-        if self._error is not None:
-            raise self._transport.fail(self._error) from self._error
+                raise LateError(f"a transfer of weights over Gloo took more than {limit:g} s", members)
+            waiting.result()
+        except (OSError, RuntimeError) as error:
+            raise self._transport.fail(error) from error
         self._transport.forget(self)
 
-    def _start_waiting(self, timeout_s: float) -> None:
+    def _start_waiting(self, timeout_s: float) -> AbandonableCall[None]:
         with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._wait, args=(timeout_s,), daemon=True, name="weight-gloo")
-                self._thread.start()
+            if self._waiting is None:
+                self._waiting = AbandonableCall(lambda: self._wait(timeout_s), "weight-gloo")
+            return self._waiting
 
     def _wait(self, timeout_s: float) -> None:
         """Wait for each work, once, as Gloo has it. The time-out only ends a thread that was left behind."""
@@ -169,11 +167,8 @@ class _GlooBatch:
             for work, peer in self._works:
                 self._awaited = peer
                 work.wait(timedelta(seconds=timeout_s + _GRACE_S))
-        except RuntimeError as error:
-            self._error = error
         finally:
             self._works = []
-            self._ended.set()
 
 
 class NcclTransport:
@@ -182,27 +177,32 @@ class NcclTransport:
     A batch is one NCCL group call, and groups run one after another on the communicator's stream: members must list
     their batches in one order that is the same everywhere, or they wait for one another for ever.
 
+    The first batch to or from a peer connects the two, for which NCCL blocks the host until the peer does the same.
+
     Args:
         group: An NCCL process group of all members, its communicator made.
         device: This member's GPU.
         peers: Watches the members that this one exchanges with.
+        timeout_s: For connecting.
     """
 
-    def __init__(self, group: Group, device: torch.device, peers: Peers) -> None:
+    def __init__(self, group: Group, device: torch.device, peers: Peers, timeout_s: float) -> None:
         self._group: Group | None = group
         self._device = device
         self._peers = peers
+        self._timeout_s = timeout_s
+        self._connected: set[tuple[Direction, int]] = set()
         self._lock = threading.Lock()
         self._under_way: deque[dist.Work] = deque()
         self._failure: Exception | None = None
 
     def send(self, parcels: Sequence[Parcel]) -> Pending:
         """Start sending, after what the current stream does so far."""
-        return self._post(parcels, self._open_group().send)
+        return self._post(parcels, "send")
 
     def receive(self, parcels: Sequence[Parcel]) -> Pending:
         """Start receiving, after what the current stream does so far."""
-        return self._post(parcels, self._open_group().recv)
+        return self._post(parcels, "recv")
 
     def finish(self, timeout_s: float) -> None:
         """Block until all that was started is done.
@@ -227,29 +227,52 @@ class NcclTransport:
                     raise LateError(f"a transfer of weights over NCCL took more than {timeout_s:g} s")
                 time.sleep(_POLL_S)
         except (OSError, RuntimeError) as error:
-            self._failure = error if isinstance(error, OSError) else ConnectionError(f"NCCL failed: {error}")
-            self._abort()
-            raise self._failure from error
+            raise self._fail(error) from error
 
     def close(self) -> None:
         """Leave: what is under way is aborted."""
         self._failure = self._failure or ConnectionError("the transport is closed")
         self._abort()
 
-    def _post(self, parcels: Sequence[Parcel], operation: Callable[..., dist.Work]) -> Pending:
+    def _post(self, parcels: Sequence[Parcel], direction: Direction) -> Pending:
         filled = [parcel for parcel in parcels if parcel.tensor.numel()]
         if not filled:
             return _Done()
         group = self._open_group()
-        with self._lock, torch.cuda.device(self._device):
-            group._start_coalescing()
-            try:
-                for parcel in filled:
-                    operation([as_bytes(parcel.tensor)], parcel.peer, 0)
-            finally:
-                work: dist.Work = group._end_coalescing()
+        operation = group.send if direction == "send" else group.recv
+        stream = torch.cuda.current_stream(self._device)
+
+        def start() -> dist.Work:
+            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+                group._start_coalescing()
+                try:
+                    for parcel in filled:
+                        operation([as_bytes(parcel.tensor)], parcel.peer, 0)
+                finally:
+                    work: dist.Work = group._end_coalescing()
+                return work
+
+        routes = {(direction, parcel.peer) for parcel in filled}
+        with self._lock:
+            work = start() if routes <= self._connected else self._connect(start)
+            self._connected |= routes
             self._under_way.append(work)
         return _NcclBatch(work, self._device)
+
+    def _connect(self, start: Callable[[], dist.Work]) -> dist.Work:
+        """Start a batch that blocks until its peers start theirs."""
+        call = AbandonableCall(start, "connect-nccl")
+        try:
+            if not _ends_in_time(call, self._timeout_s, self._peers.check_all):
+                raise LateError(f"members did not connect over NCCL within {self._timeout_s:g} s")
+            return call.result()
+        except (OSError, RuntimeError) as error:
+            raise self._fail(error) from error
+
+    def _fail(self, error: Exception) -> Exception:
+        self._failure = error if isinstance(error, OSError) else ConnectionError(f"NCCL failed: {error}")
+        self._abort()
+        return self._failure
 
     def _open_group(self) -> Group:
         if self._failure is not None:
@@ -263,9 +286,7 @@ class NcclTransport:
         if group is None:
             return
         self._peers.leave()
-        thread = threading.Thread(target=group.abort, daemon=True, name="abort-nccl")
-        thread.start()
-        thread.join(_ABORT_S)
+        AbandonableCall(group.abort, "abort-nccl").ends_within(_ABORT_S)
 
 
 class _NcclBatch:
@@ -277,6 +298,21 @@ class _NcclBatch:
         """Have the current stream wait; the host goes on."""
         with torch.cuda.device(self._device):
             self._work.wait()
+
+
+def _ends_in_time(call: AbandonableCall[Any], timeout_s: float, check: Callable[[], None]) -> bool:
+    """Wait for a call as long as `check` raises nothing; return whether it ended in time."""
+    deadline = time.monotonic() + timeout_s
+    while not call.ends_within(min(_LIVENESS_PERIOD_S, deadline - time.monotonic())):
+        try:
+            check()
+        except ConnectionError:
+            # What a peer sent before it left may still be in the pipe.
+            if not call.ends_within(_GRACE_S):
+                raise
+        if time.monotonic() >= deadline:
+            return call.ends_within(0)
+    return True
 
 
 class _Done:

@@ -78,7 +78,7 @@ def make_transport(
         )
     group = make_group(store, backend="nccl", host=host, rank=rank, size=size, timeout_s=timeout_s, device=device)
     peers.watch_store()
-    transport = NcclTransport(group, device, peers)
+    transport = NcclTransport(group, device, peers, timeout_s)
     try:
         warm_up(transport, device=device, peers=others, sends=sends, timeout_s=timeout_s)
     except BaseException:
