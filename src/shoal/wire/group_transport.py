@@ -235,10 +235,10 @@ class NcclTransport:
         self._abort()
 
     def _post(self, parcels: Sequence[Parcel], direction: Direction) -> Pending:
-        filled = [parcel for parcel in parcels if parcel.tensor.numel()]
+        group = self._open_group()
+        filled = [(as_bytes(parcel.tensor), parcel.peer) for parcel in parcels if parcel.tensor.numel()]
         if not filled:
             return _Done()
-        group = self._open_group()
         operation = group.send if direction == "send" else group.recv
         stream = torch.cuda.current_stream(self._device)
 
@@ -246,13 +246,13 @@ class NcclTransport:
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
                 group._start_coalescing()
                 try:
-                    for parcel in filled:
-                        operation([as_bytes(parcel.tensor)], parcel.peer, 0)
+                    for value, peer in filled:
+                        operation([value], peer, 0)
                 finally:
                     work: dist.Work = group._end_coalescing()
                 return work
 
-        routes = {(direction, parcel.peer) for parcel in filled}
+        routes = {(direction, peer) for _, peer in filled}
         with self._lock:
             work = start() if routes <= self._connected else self._connect(start)
             self._connected |= routes
