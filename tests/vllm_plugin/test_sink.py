@@ -473,7 +473,7 @@ def test_a_publish_to_two_workers_is_proven_and_they_compute_the_same(monkeypatc
             [EngineAddress(client=engine, num_workers=2, backend="gloo")],
             ranks=ranks,
             device=CPU,
-            settings=PublishSettings(host="127.0.0.1", timeout_s=20, batch_bytes=100),
+            settings=PublishSettings(host="127.0.0.1", timeout_s=60, batch_bytes=100),
         )
         publisher.connect()
         for version in (1, 2):

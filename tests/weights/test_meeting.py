@@ -54,7 +54,7 @@ def publish(model: nn.Linear, engine_host: str, own_host: str | None, num_ranks:
             [address] if ranks.rank == 0 else (),
             ranks=ranks,
             device=torch.device("cpu"),
-            settings=PublishSettings(host=own_host, timeout_s=10),
+            settings=PublishSettings(host=own_host, timeout_s=60),
         )
         try:
             publisher.connect()

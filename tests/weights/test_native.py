@@ -110,7 +110,7 @@ def wire() -> Iterator[Wire]:
     wire.hangs.set()
 
 
-def publisher(model: Any, clients: list[FakeClient], wire: Wire, ranks: Any, timeout_s: float = 10) -> NativePublisher:
+def publisher(model: Any, clients: list[FakeClient], wire: Wire, ranks: Any, timeout_s: float = 60) -> NativePublisher:
     return NativePublisher(
         {"model": make_source(model)},
         [EngineAddress(client=client, num_workers=2, backend="nccl") for client in clients] if ranks.rank == 0 else (),

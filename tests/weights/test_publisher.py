@@ -127,6 +127,13 @@ class Site:
     batch_bytes: int = 100
     publishers: list[WeightPublisher] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
+    former: list[LoopbackEngine] = field(default_factory=list)
+
+    def close(self) -> None:
+        for engine in (*self.engines, *self.former):
+            engine.leave()
+        for publisher in self.publishers:
+            publisher.close()
 
     def connect(self) -> None:
         for publisher in self.publishers:
@@ -165,6 +172,7 @@ class Site:
 
     def come_back(self, index: int, engine: LoopbackEngine, version: int | None) -> list[Any]:
         """Put another engine in the place of one, and fill it alone, or only meet it if there is no version."""
+        self.former.append(self.engines[index])
         self.engines[index] = engine
 
         def act(ranks: ThreadRanks) -> Any:
@@ -235,10 +243,7 @@ def connected() -> Iterator[Make]:
 
     yield make
     for site in made:
-        for engine in site.engines:
-            engine.released.set()
-        for publisher in site.publishers:
-            publisher.close()
+        site.close()
 
 
 # ---- what arrives ----
@@ -429,13 +434,13 @@ def test_a_worker_that_fails_in_the_middle_is_named_with_its_reason(
 
 @pytest.mark.parametrize("what", ["/shoal/receive", "shoal_receive", "/resume"])
 def test_an_engine_that_stalls_is_named_within_the_time_out(connected: Make, what: str) -> None:
-    site = connected(timeout_s=1.5)
+    site = connected(timeout_s=4)
     site.publish(1)
     site.engines[0].stalls_at.add(what)
     began = time.monotonic()
     report = site.publish(2)
     assert time.monotonic() - began < SOON_S
-    assert list(report.lost) == ["engine-0"] and re.search(r"engine-0.*1\.5 s", report.lost["engine-0"])
+    assert list(report.lost) == ["engine-0"] and re.search(r"engine-0.*4 s", report.lost["engine-0"])
     assert site.holds(2, 1) and not site.engines[1].is_paused
 
 
@@ -453,7 +458,7 @@ def test_an_engine_that_dies_and_whose_server_goes_on_is_not_waited_for(connecte
 
 
 def test_a_worker_that_stalls_is_named(connected: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = connected(timeout_s=1.5)
+    site = connected(timeout_s=4)
     site.publish(1)
     gate = threading.Event()
     sink = sink_of(site.engines[1].workers[1])
@@ -464,7 +469,7 @@ def test_a_worker_that_stalls_is_named(connected: Make, monkeypatch: pytest.Monk
     assert time.monotonic() - began < SOON_S
     gate.set()
     assert re.search(
-        r"^engine-1 worker 1 did not receive the weights: no answer in time \(.*1\.5 s\)", report.lost["engine-1"]
+        r"^engine-1 worker 1 did not receive the weights: no answer in time \(.*4 s\)", report.lost["engine-1"]
     )
     assert site.holds(2, 0)
 
@@ -623,7 +628,7 @@ def with_ranks_left(site: Site, name: str) -> None:
 @pytest.mark.parametrize(
     ("method", "timeout_s"),
     [
-        ("shoal_meet", 2),  # for so long the other engine looks for the trainer's store, which is gone then
+        ("shoal_meet", 4),  # for so long the other engine looks for the trainer's store, which is gone then
         ("shoal_join", 10 * SOON_S),
     ],
 )
@@ -631,7 +636,8 @@ def with_ranks_left(site: Site, name: str) -> None:
 def test_an_engine_that_cannot_be_met_is_named_with_its_reason(
     connected: Make, method: str, timeout_s: float, num_ranks: int
 ) -> None:
-    site = connected(num_ranks=num_ranks, timeout_s=timeout_s)
+    site = connected(num_ranks=num_ranks)
+    site.timeout_s = timeout_s
     site.engines[1].fails_at.add(method)
     began = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"engine-1.*told to fail"):
@@ -641,10 +647,11 @@ def test_an_engine_that_cannot_be_met_is_named_with_its_reason(
 
 @pytest.mark.parametrize("method", ["shoal_meet", "shoal_join"])
 def test_an_engine_that_does_not_come_is_named_within_the_time_out(connected: Make, method: str) -> None:
-    site = connected(num_ranks=2, timeout_s=1.5)
+    site = connected(num_ranks=2)
+    site.timeout_s = 4
     site.engines[1].stalls_at.add(method)
     began = time.monotonic()
-    with pytest.raises(WeightSyncError, match=r"engine-1.*1\.5 s"):
+    with pytest.raises(WeightSyncError, match=r"engine-1.*4 s"):
         site.connect()
     assert time.monotonic() - began < SOON_S
 
@@ -686,7 +693,7 @@ def test_after_the_first_publish_an_adapter_travels_alone_and_is_proven(monkeypa
             [EngineAddress(client=engine, num_workers=1, backend="gloo")],
             ranks=ranks,
             device=torch.device("cpu"),
-            settings=PublishSettings(host=HOST, timeout_s=10),
+            settings=PublishSettings(host=HOST, timeout_s=60),
         )
         publisher.connect()
         first = publisher.publish(1)

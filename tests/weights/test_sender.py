@@ -142,7 +142,7 @@ def sender_of(
 
 
 def send(sender: WeightSender, num_lines: int = 1, *, verify: Verify = "digest") -> SendReport:
-    return sender.send(range(num_lines), timeout_s=1, verify=verify)
+    return sender.send(range(num_lines), timeout_s=60, verify=verify)
 
 
 def lies_in(tensor: torch.Tensor, whole: torch.Tensor) -> bool:

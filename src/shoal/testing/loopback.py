@@ -82,6 +82,12 @@ class LoopbackEngine:
         """Whether it was told to have."""
         return self.is_dead
 
+    def leave(self) -> None:
+        """Answer whoever waits, and have the workers leave their trainer, if they have one."""
+        self.released.set()
+        for worker in self.workers:
+            worker._shoal_leave()
+
     def _note(self, what: str, timeout_s: float) -> None:
         self.called.append(what)
         if what in self.stalls_at:
