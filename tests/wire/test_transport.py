@@ -41,7 +41,7 @@ def test_when_one_of_two_fails(case: Callable[..., None], backend: str) -> None:
 
 
 def test_a_backend_for_other_devices_is_refused() -> None:
-    store = host_store(contract.HOST, timeout_s=60)
+    store = host_store(contract.HOST, contract.TIMEOUT_S)
     with pytest.raises(ConfigError, match="Gloo is for CPUs"):
         make_transport(
             store,

@@ -59,7 +59,7 @@ class GlooTransport:
         """Block until all that was started is done."""
         deadline = time.monotonic() + timeout_s
         while True:
-            self.raise_failure()
+            self._raise_failure()
             with self._lock:
                 if not self._under_way:
                     return
@@ -89,18 +89,13 @@ class GlooTransport:
             if batch in self._under_way:
                 self._under_way.remove(batch)
 
-    def raise_failure(self) -> None:
-        """Raise what has broken the group, if anything has."""
-        if self._failure is not None:
-            raise self._failure
-
     def check(self) -> None:
         """Raise what has broken the group, which another thread may have closed, or whom it has lost."""
-        self.raise_failure()
+        self._raise_failure()
         self._peers.check_all()
 
     def _post(self, parcels: Sequence[Parcel], operation: Callable[..., dist.Work], tags: Counter[int]) -> Pending:
-        self.raise_failure()
+        self._raise_failure()
         works: list[tuple[dist.Work, int]] = []
         for parcel in parcels:
             if parcel.tensor.numel() == 0:
@@ -119,8 +114,12 @@ class GlooTransport:
         return batch
 
     def _open_group(self) -> Group:
-        self.raise_failure()
+        self._raise_failure()
         return self._group
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 class _GlooBatch:
@@ -240,10 +239,9 @@ class NcclTransport:
         if not filled:
             return _Done()
         operation = group.send if direction == "send" else group.recv
-        stream = torch.cuda.current_stream(self._device)
 
         def start() -> dist.Work:
-            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            with torch.cuda.device(self._device):
                 group._start_coalescing()
                 try:
                     for value, peer in filled:
@@ -261,7 +259,13 @@ class NcclTransport:
 
     def _connect(self, start: Callable[[], dist.Work]) -> dist.Work:
         """Start a batch that blocks until its peers start theirs."""
-        call = AbandonableCall(start, "connect-nccl")
+        stream = torch.cuda.current_stream(self._device)
+
+        def start_after_stream() -> dist.Work:
+            with torch.cuda.stream(stream):  # a choice of each thread
+                return start()
+
+        call = AbandonableCall(start_after_stream, "connect-nccl")
         try:
             if not _ends_in_time(call, self._timeout_s, self._peers.check_all):
                 raise LateError(f"members did not connect over NCCL within {self._timeout_s:g} s")
