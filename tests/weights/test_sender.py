@@ -39,12 +39,16 @@ class Sent:
 
 @dataclass
 class Wire:
-    """A line and its transport: keeps what is sent to each member, and fails after so many parcels."""
+    """A line and its transport: keeps what is sent to each member, and fails after so many parcels.
+
+    A parcel's tensor may be scratch that is used again; its value as it was sent is kept beside it.
+    """
 
     name: str
     preferred: Sequence[frozenset[int]]
     lasts: int = 1000
     sent: list[Parcel] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
     is_closed: bool = False
     num_under_way: int = 0
     most_under_way: int = 0
@@ -58,6 +62,7 @@ class Wire:
 
     def send(self, parcels: Sequence[Parcel]) -> Sent:
         self.sent += parcels
+        self.values += [parcel.tensor.clone() for parcel in parcels]
         if len(self.sent) > self.lasts:
             raise ConnectionError("cut")
         return Sent(self, parcels)
@@ -284,7 +289,7 @@ def test_an_engine_that_cannot_be_sent_to_is_closed_and_the_other_gets_everythin
     assert wires[0].is_closed and not wires[1].is_closed and len(wires[0].sent) < len(wires[1].sent)
     alone = Wire("alone", [frozenset()])
     assert torch.equal(send(sender_of([alone], [Rows()])).digests, report.digests)
-    assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(alone.sent, wires[1].sent, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(alone.values, wires[1].values, strict=True))
 
 
 def test_what_comes_back_different_is_named_when_everything_is_compared() -> None:
