@@ -138,6 +138,8 @@ def _train(settings: StepSettings, arguments: argparse.Namespace, folder: Path) 
     trainer.bench = settings
     if arguments.profile:
         trainer.add_callback(Profiler(settings.warmup_steps))
+    # It is held until training is over.
+    others = torch.empty(int(arguments.others_gib * 2**30), dtype=torch.uint8, device=trainer.args.device)
     try:
         trainer.train()
     finally:
@@ -149,7 +151,17 @@ def _train(settings: StepSettings, arguments: argparse.Namespace, folder: Path) 
         "recomputed": sum(block.gradient_checkpointing for block in find_blocks(trainer.model)),
         "is_fused": trainer._logprobs.is_fused,
         "attention": trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation,
-        "peak_bytes": torch.cuda.max_memory_allocated() if settings.device == "cuda" else None,
+        **(_memory(others.nbytes) if settings.device == "cuda" else {}),
+    }
+
+
+def _memory(others_bytes: int) -> dict[str, int]:
+    """Return what torch's allocator used and took of the GPU, and how often it had to give all back to find room."""
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated() - others_bytes,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() - others_bytes,
+        "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        "device_allocs": torch.cuda.memory_stats()["num_device_alloc"],
     }
 
 
@@ -202,6 +214,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--compile", choices=("no", "blocks", "whole"), default=None, help="what torch.compile is given"
     )
+    parser.add_argument("--others-gib", type=float, default=0.0, help="of the GPU's memory, as an engine beside has it")
     parser.add_argument("--lora-rank", type=int, default=0, help="train an adapter of all linear layers")
     parser.add_argument("--attention", help="transformers' name (default: torch's variable-length kernel on GPUs)")
     parser.add_argument("--profile", action="store_true")

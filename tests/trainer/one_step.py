@@ -239,13 +239,13 @@ def plain_name(name: str) -> str:
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
-    """A copy of all of a tensor that may be in parts. All ranks call it."""
+    """A copy on the CPU of all of a tensor that may be in parts, and on a GPU. All ranks call it."""
     if hasattr(value, "ds_id"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([value]):
-            return value.detach().clone()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+            return value.detach().to("cpu", copy=True)
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().to("cpu", copy=True)
 
 
 def meet_for_deepspeed() -> dict[str, Any]:
@@ -311,7 +311,7 @@ def take_step(case: Case, output_dir: Path, written: dict[Any, Any] | None = Non
     if case.moved:
         move(model)
         move(writer)
-    before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    before = {name: whole(value) for name, value in model.named_parameters() if value.requires_grad}
     try:
         trainer.train(None if case.resume is None else str(output_dir.parent / case.resume))
         if case.save:
