@@ -68,7 +68,14 @@ from shoal.vllm_compat.server import (
     scheduler_name,
     write,
 )
-from shoal.vllm_compat.worker import drops_asleep, worker_context, worker_device, worker_model, worker_number
+from shoal.vllm_compat.worker import (
+    drops_asleep,
+    skip_idle_sampler_work,
+    worker_context,
+    worker_device,
+    worker_model,
+    worker_number,
+)
 
 __all__ = [
     "SUPPORTED",
@@ -118,6 +125,7 @@ __all__ = [
     "scheduler_name",
     "serve_arguments",
     "skip_idle_block_work",
+    "skip_idle_sampler_work",
     "steady_steps",
     "stops_of",
     "tokens_left",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from copy import copy
+from dataclasses import fields
 from typing import Any
 
 # The fields of an output that a step may fill (0.26 to 0.33), apart from its tokens and their logprobs: those that
@@ -159,17 +160,15 @@ def told_at_once(
         is_step: Whether it also tells of the last step, for what is counted by the step.
     """
     counts = {name: len(token_ids) for name, token_ids in tokens.items()}
-    total = scheduler_output.total_num_scheduled_tokens if is_step else 0
-    return (
-        replace(scheduler_output, num_scheduled_tokens=counts, total_num_scheduled_tokens=total),
-        replace(
-            model_runner_output,
-            req_ids=list(tokens),
-            req_id_to_index={name: row for row, name in enumerate(tokens)},
-            sampled_token_ids=list(tokens.values()),
-            logprobs=None,
-        ),
-    )
+    # Not `dataclasses.replace`, which goes through all fields: this is done in every step.
+    step, results = copy(scheduler_output), copy(model_runner_output)
+    step.num_scheduled_tokens = counts
+    step.total_num_scheduled_tokens = scheduler_output.total_num_scheduled_tokens if is_step else 0
+    results.req_ids = list(tokens)
+    results.req_id_to_index = {name: row for row, name in enumerate(tokens)}
+    results.sampled_token_ids = list(tokens.values())
+    results.logprobs = None
+    return step, results
 
 
 @functools.cache

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -47,3 +50,42 @@ def drops_asleep(tensor: torch.Tensor) -> bool:
         for start, data in CuMemAllocator.get_instance().pointer_to_data.items()
         if data.tag == "weights"
     )
+
+
+def skip_idle_sampler_work() -> str | None:
+    """Have vLLM's second runner copy sampling parameters to the GPU in steps with a new request, not in every one.
+
+    vLLM (0.26 to 0.33) copies fifteen arrays before each step (temperatures, seeds, penalties, biases), which change
+    when a request comes and at no other time. Where somebody's own logits processors are to be told of each step, all
+    goes on as it did.
+
+    Returns:
+        What is not as expected in this vLLM, which then goes on as it did; None if nothing is.
+    """
+    try:
+        from vllm.v1.worker.gpu.sample.sampler import Sampler
+    except ImportError as error:  # no Triton, say: nothing runs on the second runner
+        return str(error)
+    add, apply = getattr(Sampler, "add_request", None), getattr(Sampler, "apply_staged_writes", None)
+    if add is None or apply is None or list(inspect.signature(apply).parameters) != ["self"]:
+        return "vLLM's Sampler has no add_request or apply_staged_writes"
+
+    @functools.wraps(add)
+    def add_request(self: Any, *args: Any, **options: Any) -> Any:
+        self._shoal_has_new = True
+        return add(self, *args, **options)
+
+    @functools.wraps(apply)
+    def apply_staged_writes(self: Any) -> None:
+        if self._shoal_has_new or not _are_vllms(getattr(self, "logits_processors", ())):
+            self._shoal_has_new = False
+            apply(self)
+
+    if not hasattr(Sampler, "_shoal_has_new"):
+        Sampler._shoal_has_new = True
+        Sampler.add_request, Sampler.apply_staged_writes = add_request, apply_staged_writes
+    return None
+
+
+def _are_vllms(processors: Iterable[Any]) -> bool:
+    return all(type(processor).__module__.startswith("vllm.") for processor in processors)

@@ -1,4 +1,4 @@
-"""What `--scheduler-cls` names: vLLM's own scheduler, which sends on what it has every tenth of a second.
+"""What `--scheduler-cls` names: vLLM's own scheduler, which sends on what it has four times a second.
 
 Why, and what it saves: docs/decisions/0017.
 """
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 PATH = f"{__name__}.make_scheduler"
 """For `--scheduler-cls`."""
 
-_INTERVAL_S = 0.1
-"""A sample that is cut loses what it wrote since; eight to twenty steps of a busy GPU."""
+_INTERVAL_S = 0.25
+"""A sample that is cut loses what it wrote since; 20 to 80 steps of a busy GPU."""
 
 
 def make_scheduler(**arguments: Any) -> Any:

@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 Answer = dict[str, Any]
 """`{"value": ...}`, or `{"error": "..."}`."""
 
+# vLLM imports this module in each worker, before it makes the model's runner.
+if _surprise := vllm_compat.skip_idle_sampler_work():
+    logger.debug("sampling parameters are copied in every step, which costs speed: %s", _surprise)
+
 
 class ShoalWorker:
     """Mixed into vLLM's worker class; its names must not meet the worker's own."""
