@@ -130,12 +130,13 @@ def stacked_chart(
     return _svg(parts, height=HEIGHT, label=f"{y_label} by {x_label}")
 
 
+_SMALLEST_SHARE = 1e-12  # of the values; between narrower ones lie no round numbers
 _SMALLEST_WIDTH = 1e-290  # a fifth of a smaller one may be no normal number, which has no logarithm
 
 
 def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     """Return about `count` round numbers that enclose `[low, high]`; at least two, even when low equals high."""
-    if high - low < _SMALLEST_WIDTH:
+    if high - low < max(_SMALLEST_WIDTH, _SMALLEST_SHARE * max(abs(low), abs(high))):
         margin = abs(low) / 2 if abs(low) >= _SMALLEST_WIDTH else 0.5
         low, high = low - margin, high + margin
     raw = (high - low) / count
