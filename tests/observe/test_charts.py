@@ -77,7 +77,7 @@ def test_steps_on_the_axis_are_whole() -> None:
 
 
 @example(low=0.0, width=5e-324)
-@example(low=680429297.0, width=1.8e-07)  # the next number but one
+@example(low=680429297.0, width=1.7e-07)  # to the next number that there is
 @example(low=1e9, width=1e-3)
 @given(st.floats(-1e9, 1e9), st.floats(0, 1e9))
 def test_ticks_enclose_the_range_and_are_few(low: float, width: float) -> None:
