@@ -173,7 +173,15 @@ async def _measure(kind: str, folder: str, settings: argparse.Namespace) -> dict
     result: dict[str, list[float]] = {"core": [], "front_end": [], "wall": []}
     for go in range(-1, settings.goes):
         before = _cpu(core), _cpu(front_end), time.perf_counter()
-        await asyncio.gather(*(_write(engine, go, i, settings.tokens, kind) for i in range(settings.samples)))
+        await asyncio.gather(
+            *(
+                write_completion(
+                    engine, f"{go}-{index}", settings.tokens,
+                    draw=random.Random(go * 1000 + index), seed=index, is_held=kind not in ("vllm", "blocks"),
+                )
+                for index in range(settings.samples)
+            )
+        )  # fmt: skip
         after = _cpu(core), _cpu(front_end), time.perf_counter()
         if go >= 0:  # the first one warms up
             for values, start, end in zip(result.values(), before, after, strict=True):
@@ -183,15 +191,18 @@ async def _measure(kind: str, folder: str, settings: argparse.Namespace) -> dict
     return result
 
 
-async def _write(engine: Any, go: int, index: int, num_tokens: int, kind: str) -> None:
-    prompt = random.Random(go * 1000 + index).choices(range(3, VOCABULARY), k=64)
+async def write_completion(
+    engine: Any, name: str, num_tokens: int, *, draw: random.Random, seed: int, is_held: bool
+) -> None:
+    """Have an engine write one completion, of a prompt of 64 tokens that is drawn, and see that it has its length."""
     params = vllm_compat.sampling_params(
         {"temperature": 1.0, "max_tokens": num_tokens, "ignore_eos": True},
-        seed=index,
+        seed=seed,
         flush_tokens=64,
-        is_held=kind not in ("vllm", "blocks"),
+        is_held=is_held,
     )
-    pieces = vllm_compat.write(engine, prompt, params, name=f"{go}-{index}", adapter=None, cache_salt="")
+    prompt = draw.choices(range(3, VOCABULARY), k=64)
+    pieces = vllm_compat.write(engine, prompt, params, name=name, adapter=None, cache_salt="")
     written = [len(piece.token_ids) async for piece in pieces]
     assert sum(written) == num_tokens, written
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from core_cpu import write_completion
 from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.uniproc_executor import AsyncOutputFuture, UniProcExecutor
@@ -157,18 +158,9 @@ async def _write_all(folder: str, settings: argparse.Namespace) -> list[float]:
 
 
 async def _write(engine: Any, go: int, index: int, settings: argparse.Namespace) -> None:
-    random_ = random.Random(go * 1000 + index)
-    num_tokens = settings.tokens if not settings.ragged else random_.randint(16, settings.tokens)
-    prompt = random_.choices(range(3, 300), k=64)
-    params = vllm_compat.sampling_params(
-        {"temperature": 1.0, "max_tokens": num_tokens, "ignore_eos": True},
-        seed=index,
-        flush_tokens=64,
-        is_held=not settings.stock,
-    )
-    pieces = vllm_compat.write(engine, prompt, params, name=f"{go}-{index}", adapter=None, cache_salt="")
-    written = [len(piece.token_ids) async for piece in pieces]
-    assert sum(written) == num_tokens, written
+    draw = random.Random(go * 1000 + index)
+    num_tokens = draw.randint(16, settings.tokens) if settings.ragged else settings.tokens
+    await write_completion(engine, f"{go}-{index}", num_tokens, draw=draw, seed=index, is_held=not settings.stock)
 
 
 def _by_running(steps: Iterable[tuple[int, ...]]) -> dict[int, list[float]]:

@@ -151,17 +151,18 @@ def _train(settings: StepSettings, arguments: argparse.Namespace, folder: Path) 
         "recomputed": sum(block.gradient_checkpointing for block in find_blocks(trainer.model)),
         "is_fused": trainer._logprobs.is_fused,
         "attention": trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation,
-        **(_memory(others.nbytes) if settings.device == "cuda" else {}),
+        **(_memory(others.nbytes) if settings.device == "cuda" else {"peak_bytes": None}),
     }
 
 
 def _memory(others_bytes: int) -> dict[str, int]:
     """Return what torch's allocator used and took of the GPU, and how often it had to give all back to find room."""
+    stats = torch.cuda.memory_stats()
     return {
         "peak_bytes": torch.cuda.max_memory_allocated() - others_bytes,
         "peak_reserved_bytes": torch.cuda.max_memory_reserved() - others_bytes,
-        "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"],
-        "device_allocs": torch.cuda.memory_stats()["num_device_alloc"],
+        "alloc_retries": stats["num_alloc_retries"],
+        "device_allocs": stats["num_device_alloc"],
     }
 
 
