@@ -64,7 +64,7 @@ def skip_idle_sampler_work() -> str | None:
     """
     try:
         from vllm.v1.worker.gpu.sample.sampler import Sampler
-    except ImportError as error:  # no Triton, say: nothing runs on the second runner
+    except ImportError as error:
         return str(error)
     add, apply = getattr(Sampler, "add_request", None), getattr(Sampler, "apply_staged_writes", None)
     if add is None or apply is None or list(inspect.signature(apply).parameters) != ["self"]:

@@ -22,7 +22,7 @@ Answer = dict[str, Any]
 
 # vLLM imports this module in each worker, before it makes the model's runner.
 if _surprise := vllm_compat.skip_idle_sampler_work():
-    logger.debug("sampling parameters are copied in every step, which costs speed: %s", _surprise)
+    logger.warning("sampling parameters are copied in every step, which costs speed: %s", _surprise)
 
 
 class ShoalWorker:
