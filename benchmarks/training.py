@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import statistics
@@ -91,6 +92,9 @@ class Profiler(TrainerCallback):  # type: ignore[misc]
 def main() -> None:
     """Train, and print the figures."""
     arguments = _arguments()
+    if os.environ.get("RANK", "0") == "0":
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("shoal").setLevel(logging.INFO)  # what the trainer chooses, and when
     settings = StepSettings(
         model_shape=shape_name(arguments.model_shape),
         device=arguments.device,

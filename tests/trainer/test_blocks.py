@@ -86,7 +86,7 @@ def test_within_ddp_a_block_is_one_graph_all_the_same(one_process_group: None, m
 
     assert num_graphs() == 1
     assert torch._dynamo.config.optimize_ddp is True
-    monkeypatch.setattr(blocks, "_uncut", nullcontext)
+    monkeypatch.setattr(blocks, "_compiler", lambda **_: nullcontext())
     assert num_graphs() > 1
 
 
@@ -134,11 +134,36 @@ def test_as_many_blocks_are_computed_again_as_are_asked_for(model: Any) -> None:
         block.self_attn.register_forward_hook(lambda *_, index=index: calls.append(index))  # type: ignore[union-attr,operator]
     model.gradient_checkpointing_enable()
     for count in (2, 1, 0):
-        recompute_first(model, count)
+        recompute_first(model, count, is_lean=False)
         calls.clear()
         found = logprobs_and_gradient(model)
         assert sorted(calls[2:]) == list(range(count))
         torch.testing.assert_close(found, expected)
+
+
+def test_lean_blocks_keep_a_quarter_less_and_give_the_same_gradients(model: Any) -> None:
+    def kept_and_gradient(model: Any, *, is_lean: bool) -> tuple[int, torch.Tensor]:
+        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+        recompute_first(model, 0, is_lean=is_lean)
+        compile_blocks(model)
+        storages: dict[int, int] = {}
+
+        def note(value: torch.Tensor) -> torch.Tensor:
+            if value.ndim and value.shape[-1] and not isinstance(value, torch.nn.Parameter):
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs_and_gradient(model)  # compiles
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+                _, gradient = logprobs_and_gradient(model)
+        return sum(storages.values()), gradient
+
+    whole, expected = kept_and_gradient(copy.deepcopy(model), is_lean=False)
+    lean, gradient = kept_and_gradient(copy.deepcopy(model), is_lean=True)
+    assert lean < 0.8 * whole
+    assert torch.equal(gradient, expected)
+    assert torch._functorch.config.ban_recompute_materialized_backward is True
 
 
 def settings(**changes: Any) -> Any:

@@ -109,13 +109,13 @@ class GRPOConfig(TrlOnlyFields, TrainingArguments):  # type: ignore[misc]  # tra
     )
     max_tokens_per_micro_batch: int | None = setting(
         None,
-        "Most tokens of a packed forward pass. Unset: what fits the GPU's free memory by estimate; on CPUs, "
+        "Most tokens of a packed forward pass. Unset: what fits the GPU's free memory; on CPUs, "
         "per_device_train_batch_size sequences of full length.",
     )
     recompute_num_layers: int | None = setting(
         None,
-        "With gradient_checkpointing, blocks that are computed again in the backward pass. Unset: where "
-        "max_tokens_per_micro_batch is unset too, on GPUs, as many as memory asks for; else all.",
+        "With gradient_checkpointing, blocks that are computed again in the backward pass. Unset: on GPUs as many as "
+        "memory asks for, by estimate first and then by what passes took; on CPUs all.",
     )
     regional_compilation: bool | None = setting(
         None,

@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,6 +24,7 @@ from shoal.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _Forward = Callable[..., Any]
+_LEAN = "_shoal_is_lean"
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -36,15 +38,19 @@ def are_compiled(model: nn.Module) -> bool:
     return any(isinstance(vars(block).get("forward"), MethodType) for block in find_blocks(model))
 
 
-def recompute_first(model: nn.Module, count: int) -> None:
+def recompute_first(model: nn.Module, count: int, *, is_lean: bool) -> None:
     """Have the first blocks computed again in the backward pass, and the others keep their activations.
 
     Args:
         model: The unwrapped model, with gradient checkpointing on.
         count: How many.
+        is_lean: Whether the others keep only what is expensive to compute, if they are compiled after this: what norms
+            and activation functions give, and weights in the products' type, is then made again of what is kept. It
+            saves a quarter of the memory and costs a hundredth of the time.
     """
     for index, block in enumerate(find_blocks(model)):
         block.gradient_checkpointing = index < count  # type: ignore[assignment]
+        setattr(block, _LEAN, is_lean)
 
 
 def compiles_blocks(model: nn.Module, args: GRPOConfig, *, is_deepspeed: bool) -> bool:
@@ -102,18 +108,23 @@ def compile_blocks(model: nn.Module, backend: str | _Forward = "inductor") -> No
 
 
 @contextmanager
-def _uncut() -> Iterator[None]:
-    """Have torch.compile leave graphs whole within DDP.
+def _compiler(*, is_lean: bool) -> Iterator[None]:
+    """Have torch.compile leave graphs whole within DDP, and keep less for the backward pass if it is to.
 
     It cuts them where a bucket of gradients is full (`optimize_ddp`), every 25 MiB, so that DDP can send some before
-    the backward pass is over. Blocks are apart for that already, and a cut within one costs fused operations.
+    the backward pass is over. Blocks are apart for that already, and a cut within one costs fused operations. And of
+    itself it keeps whatever a product of the backward pass reads, even if one cheap operation makes it.
     """
-    config = torch._dynamo.config
-    kept, config.optimize_ddp = config.optimize_ddp, False  # its `patch` takes a millisecond
+    # Their `patch` takes a millisecond.
+    dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    kept = dynamo.optimize_ddp, functorch.ban_recompute_materialized_backward
+    dynamo.optimize_ddp = False
+    if is_lean:
+        functorch.ban_recompute_materialized_backward = False
     try:
         yield
     finally:
-        config.optimize_ddp = kept
+        dynamo.optimize_ddp, functorch.ban_recompute_materialized_backward = kept
 
 
 def _compiled_if_possible(eager: _Forward, backend: str | _Forward) -> _Forward:
@@ -124,7 +135,7 @@ def _compiled_if_possible(eager: _Forward, backend: str | _Forward) -> _Forward:
         if compiled is None or not block.training:
             return eager(block, *args, **keywords)
         try:
-            with _uncut():
+            with _compiler(is_lean=getattr(block, _LEAN, False)):
                 return compiled(block, *args, **keywords)
         except torch._dynamo.exc.TorchDynamoException as error:
             compiled = None

@@ -51,9 +51,18 @@ from shoal.trainer.sharding import (
     whole_state_dict,
 )
 from shoal.trainer.shared_devices import SharedDevice, share_device
-from shoal.trainer.step import objective_settings, parts_of_rank, sampling_filters, spread, to_device, truncation
+from shoal.trainer.step import (
+    largest_pass,
+    objective_settings,
+    parts_of_rank,
+    sampling_filters,
+    spread,
+    to_device,
+    truncation,
+)
 from shoal.trainer.step_callback import StepCallback
 from shoal.trainer.step_log import StepLog
+from shoal.trainer.token_budget import GpuMemory
 from shoal.types import CompletionLike, MicroBatch, Prompt, Rollout, SamplingSettings, ScoredGroup
 from shoal.types import Sequence as TrainingSequence
 from shoal.weights.publisher import WeightPublisher
@@ -157,7 +166,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         check_precision(self.accelerator, args)
         if self._reference is not None:
             self._reference.shard(self.accelerator)
-        self._limit = PackingLimit(args, self._exchange)
+        self._limit = PackingLimit(args, self._exchange, GpuMemory(args.device))
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(policy)):
             self._limit.find(policy, self.accelerator, longest=self._prompts.max_sequence_tokens)
         self.add_callback(StepCallback(self))
@@ -236,7 +245,9 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         self._train_began = time.monotonic()
         self._limit.measure(unwrapped, self.optimizer, longest=longest, is_fused=self._logprobs.is_fused)
         assert self._limit.tokens is not None, "found above, or in the constructor"
-        return parts_of_rank(sequences, self.args, number=number, max_tokens=self._limit.tokens)
+        parts = parts_of_rank(sequences, self.args, number=number, max_tokens=self._limit.tokens)
+        self._limit.watch(unwrapped, largest=largest_pass(parts))
+        return parts
 
     def _write_batch(self, number: int) -> list[TrainingSequence]:
         """Collect a batch's groups and turn them into training sequences. Rank 0 only."""
@@ -375,6 +386,7 @@ class GRPOTrainer(Trainer):  # type: ignore[misc]
         Nothing changes the weights until then, and what is done meanwhile (a checkpoint, say) has the whole device. All
         ranks call it.
         """
+        self._limit.end_step()
         self._step_log.end_step(self.args.world_size)
         seconds = time.monotonic() - self._train_began
         self._step_log.add({"seconds/train": seconds})

@@ -84,6 +84,11 @@ def parts_of_rank(sequences: abc.Sequence[Sequence], args: GRPOConfig, *, number
     ]
 
 
+def largest_pass(parts: abc.Sequence[Part]) -> int:
+    """Return the number of tokens of a batch's largest micro-batch; 0 if it has none."""
+    return max((micro_batch.num_tokens for part in parts for micro_batch in part.micro_batches), default=0)
+
+
 def spread(micro_batches: abc.Sequence[MicroBatch], num_items: int) -> list[list[MicroBatch]]:
     """Share micro-batches among the `gradient_accumulation_steps` calls that transformers makes in a step.
 

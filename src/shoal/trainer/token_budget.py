@@ -1,8 +1,8 @@
 """How many tokens a packed forward and backward pass may have, from the memory that is free on this rank's GPU.
 
-An estimate by the shapes of any model, meant to be safe rather than sharp: what is not counted (allocator fragments,
-workspaces, MoE routing) has to fit into the share that is left. `placement/trainer_memory.py` is the sharp one, of the
-families that it knows.
+First an estimate by the shapes of any model, meant to be safe rather than sharp: what is not counted (allocator
+fragments, workspaces, MoE routing) has to fit into the share that is left. `placement/trainer_memory.py` is the sharp
+one, of the families that it knows. Once passes have run, what they took takes the estimate's place (`improve_plan`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from shoal.algorithm.lm_head import MAX_TILE_ELEMENTS
 from shoal.placement.step_time import ENOUGH_TOKENS
 
 _USED_SHARE = 0.7
+_MEASURED_SHARE = 0.85  # the rest is for the allocator's fragments, and for what is taken now and then
 _ADAM_MOMENTS = 2
 # A block's tensors that are saved for its backward pass, times this for the gradients that live beside them.
 _WITH_GRADIENTS = 1.5
@@ -32,6 +33,7 @@ class PassShape:
         per_pair_bytes: For each pair of tokens: the block mask of SDPA. 0 with variable-length attention.
         fixed_bytes: Whatever the number of tokens.
         kept_bytes: For each token, what keeping one block's activations takes beyond its input; 0 if all are kept.
+        lean_bytes: The same of a block that makes what is cheap again (`recompute_first`).
         num_blocks: Blocks that may be computed again or kept.
     """
 
@@ -39,6 +41,7 @@ class PassShape:
     per_pair_bytes: int
     fixed_bytes: int
     kept_bytes: int = 0
+    lean_bytes: int = 0
     num_blocks: int = 0
 
 
@@ -49,10 +52,55 @@ class PassPlan:
     Attributes:
         tokens: Most of one pass.
         recomputed: Blocks that are computed again in the backward pass.
+        is_lean: Whether the others keep less (`recompute_first`).
     """
 
     tokens: int
     recomputed: int
+    is_lean: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassUse:
+    """What passes were seen to take of this rank's GPU.
+
+    Attributes:
+        tokens: Of the largest.
+        free_bytes: What was free before them.
+        used_bytes: The most that was taken of it.
+        gradient_bytes: Of these, for the gradients that are added up from pass to pass.
+    """
+
+    tokens: int
+    free_bytes: int
+    used_bytes: int
+    gradient_bytes: int
+
+
+class GpuMemory:
+    """The memory of this rank's GPU, as torch's allocator sees it.
+
+    Args:
+        device: The GPU. On a CPU nothing may be asked.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+
+    def free(self) -> int:
+        """Return the bytes that this process can still take: what nobody has, and what its allocator keeps unused."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return int(free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device))
+
+    def watch(self) -> None:
+        """Begin to look for the most that is taken."""
+        self._before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def taken(self) -> int:
+        """Return the most bytes that were taken since, beyond what was there."""
+        return int(torch.cuda.max_memory_allocated(self._device)) - self._before
 
 
 def pass_shape(
@@ -81,6 +129,7 @@ def pass_shape(
     saved = element_bytes * (2 * hidden + 2 * heads * head + 2 * keys * head + 4 * inner)
     # In float32: the stream before and after attention, and what the norms keep; uncompiled, their every operation's.
     residuals = 4 * (4 if compiled else 10) * hidden
+    cheap = element_bytes * (2 * hidden + inner) if compiled else 0  # of these, the norms' outputs and the product
     block = int(_WITH_GRADIENTS * (saved + residuals))
     blocks = layers * 4 * hidden + block if checkpointing else layers * (saved + residuals) + block
     head_bytes = 4 * hidden + 2 * element_bytes * hidden
@@ -89,6 +138,7 @@ def pass_shape(
         per_token_bytes=blocks + head_bytes + logits,
         per_pair_bytes=0 if has_boundaries else 1 + element_bytes,
         kept_bytes=saved + residuals - 4 * hidden if checkpointing else 0,
+        lean_bytes=saved + residuals - cheap - 4 * hidden if checkpointing else 0,
         num_blocks=layers if checkpointing else 0,
         fixed_bytes=4 * (5 * MAX_TILE_ELEMENTS + hidden * math.isqrt(MAX_TILE_ELEMENTS)),
     )
@@ -106,7 +156,9 @@ def tokens_that_fit(shape: PassShape, free_bytes: int) -> int:
     return int((math.sqrt(linear**2 + 4 * square * room) - linear) / (2 * square))
 
 
-def plan_pass(shape: PassShape, free_bytes: int, *, longest: int, recomputed: int | None = None) -> PassPlan:
+def plan_pass(
+    shape: PassShape, free_bytes: int, *, longest: int, tokens: int | None = None, recomputed: int | None = None
+) -> PassPlan:
     """Divide memory between tokens of a pass and activations that are kept.
 
     As many tokens as make a pass efficient come first, then as many kept blocks as fit; if all do, more tokens.
@@ -115,16 +167,58 @@ def plan_pass(shape: PassShape, free_bytes: int, *, longest: int, recomputed: in
         shape: Of the passes.
         free_bytes: Of this rank's GPU.
         longest: Tokens of the longest sequence, which has to fit in any case.
+        tokens: Budget of a pass; None to choose.
         recomputed: Blocks that are to be computed again; None to choose.
     """
+    is_lean = recomputed != 0
     if recomputed is None:
-        enough = max(longest, min(tokens_that_fit(shape, free_bytes), ENOUGH_TOKENS))
-        used = shape.fixed_bytes + shape.per_token_bytes * enough + shape.per_pair_bytes * enough**2
-        room = max(0.0, _USED_SHARE * free_bytes - used)
-        recomputed = max(0, shape.num_blocks - int(room // max(1, shape.kept_bytes * enough)))
-    kept = max(0, shape.num_blocks - recomputed)
-    with_kept = replace(shape, per_token_bytes=shape.per_token_bytes + shape.kept_bytes * kept)
-    return PassPlan(tokens=max(tokens_that_fit(with_kept, free_bytes), longest), recomputed=shape.num_blocks - kept)
+        enough = max(longest, tokens or min(tokens_that_fit(shape, free_bytes), ENOUGH_TOKENS))
+        room = max(0.0, _USED_SHARE * free_bytes - _cost(shape, enough))
+        is_lean = room < shape.num_blocks * shape.kept_bytes * enough
+        recomputed = shape.num_blocks - int(room // max(1, shape.lean_bytes * enough)) if is_lean else 0
+    plan = PassPlan(tokens=0, recomputed=min(shape.num_blocks, max(0, recomputed)), is_lean=is_lean)
+    with_kept = replace(shape, per_token_bytes=shape.per_token_bytes + _kept_bytes(shape, plan))
+    return replace(plan, tokens=tokens or max(tokens_that_fit(with_kept, free_bytes), longest))
+
+
+def improve_plan(plan: PassPlan, shape: PassShape, use: PassUse, *, longest: int, may_grow: bool) -> PassPlan:
+    """Spend what passes left of the memory, or take back what they took too much.
+
+    Passes that are too short to be efficient grow first; in others, more blocks keep their activations. A kept block is
+    counted as estimated, or as much dearer as the whole pass was: what is gained is certain, and may be less than there
+    is. So this is worth repeating while it gains something.
+
+    Args:
+        plan: By which the passes ran.
+        shape: Of the passes.
+        use: What they took.
+        longest: Tokens of the longest sequence.
+        may_grow: Whether the number of tokens is ours to choose.
+    """
+    room = _MEASURED_SHARE * use.free_bytes
+    largest = max(plan.tokens, longest)
+    taken = max(1.0, use.used_bytes * largest / use.tokens)
+    enough = max(longest, ENOUGH_TOKENS)
+    if may_grow and plan.tokens < enough and taken < room and not shape.per_pair_bytes:
+        return replace(plan, tokens=min(enough, int(plan.tokens * room / taken)))
+    dearer = max(1.0, (use.used_bytes - use.gradient_bytes) / _cost(shape, use.tokens, plan))
+    more = math.floor((room - taken) / (dearer * _block_bytes(shape, plan) * largest))
+    return replace(plan, recomputed=min(shape.num_blocks, max(0, plan.recomputed - more)))
+
+
+def _cost(shape: PassShape, tokens: int, plan: PassPlan | None = None) -> int:
+    """Return the estimated bytes of a pass; without a plan, of one that computes all blocks again."""
+    per_token = shape.per_token_bytes + (0 if plan is None else _kept_bytes(shape, plan))
+    return shape.fixed_bytes + per_token * tokens + shape.per_pair_bytes * tokens**2
+
+
+def _kept_bytes(shape: PassShape, plan: PassPlan) -> int:
+    """Return the estimated bytes for each token of all blocks that keep their activations."""
+    return _block_bytes(shape, plan) * (shape.num_blocks - plan.recomputed)
+
+
+def _block_bytes(shape: PassShape, plan: PassPlan) -> int:
+    return shape.lean_bytes if plan.is_lean else shape.kept_bytes
 
 
 def bytes_to_come(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
@@ -133,12 +227,6 @@ def bytes_to_come(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
     gradients = sum(_local_bytes(value) for value in trained if value.grad is None)
     has_state = optimizer is None or bool(getattr(optimizer, "state", None))
     return gradients + (0 if has_state else _ADAM_MOMENTS * sum(map(_local_bytes, trained)))
-
-
-def free_gpu_bytes(device: torch.device) -> int:
-    """Return what this process can still take of the GPU: what nobody has, and what its allocator keeps unused."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def _local_bytes(value: Any) -> int:
