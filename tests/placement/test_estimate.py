@@ -200,7 +200,9 @@ def test_passes_are_long_enough_first_and_then_as_few_blocks_as_possible_are_com
     tokens = [other.setup.micro_batch_tokens for other in found]
     counts = [other.setup.num_recomputed(QWEN3_8B) for other in found]
     assert tokens == sorted(tokens) and tokens[0] < 16_384 < tokens[-1]
-    assert all(count == QWEN3_8B.num_layers for count, length in zip(counts, tokens, strict=True) if length < 16_384)
+    # To keep the last block costs next to nothing: its backward pass comes first, when no other's activations are made.
+    most = QWEN3_8B.num_layers - 1
+    assert all(count >= most for count, length in zip(counts, tokens, strict=True) if length < 16_384)
     assert counts == sorted(counts, reverse=True) and len(set(counts)) > 4 and counts[-1] == 0
     assert all(count == 0 for count, length in zip(counts, tokens, strict=True) if length > 16_384)
 

@@ -1,4 +1,4 @@
-"""Estimates of training against steps of one H200 in benchmarks/results/2026-11-29-one-h200-training/training.jsonl."""
+"""Estimates of training against steps of one and two H200s, which benchmarks/training.py measured."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from shoal.placement.gpu_kinds import find_gpu_kind, known_gpu_kind
 from shoal.placement.step_time import Workload, training_seconds
 from shoal.placement.trainer_memory import TrainerSetup, estimate_trainer_memory
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-29-one-h200-training" / "training.jsonl"
-ROWS = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROWS = [
+    json.loads(line)
+    for folder in ("2026-11-29-one-h200-training", "2026-11-30-two-h200-step")
+    for line in (RESULTS / folder / "training.jsonl").read_text().splitlines()
+]
 PROMPT_TOKENS = 64  # of benchmarks/training.py
 TOLERANCE = 0.15
 
@@ -42,8 +46,15 @@ def _setup(row: dict[str, Any]) -> TrainerSetup:
         checkpoints=not settings["no_checkpoints"],
         recomputed=row.get("recomputed"),
         compiled=_is_compiled(row),
+        lean=row.get("is_lean", False),
+        sharding=settings["sharding"],
+        num_ranks=_num_ranks(row),
         micro_batch_tokens=min(row["tokens_of_a_pass"] // length, settings["completions"]) * length,
     )
+
+
+def _num_ranks(row: dict[str, Any]) -> int:
+    return 1 if row["settings"]["sharding"] == "ddp" else 2
 
 
 def _work(row: dict[str, Any]) -> Workload:

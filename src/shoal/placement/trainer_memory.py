@@ -3,7 +3,7 @@
 The weights are float32 unless the settings say otherwise and so are gradients and Adam's two moments; with
 `precision="bf16"` autocast computes in bfloat16 (`trainer/model.py`, `trainer/forward.py`). The bytes of a block are
 those of the tensors that autograd keeps, found by listing them; `tests/placement/test_memory_measured.py` compares all
-this with the peak of real training steps on a CPU, `test_measured_on_gpus.py` with those of an H200.
+this with the peak of real training steps on a CPU, `test_measured_on_gpus.py` with those of H200s.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class TrainerSetup:
         checkpoints: Gradient checkpointing: blocks are computed again in the backward pass.
         recomputed: How many of them, the first ones; None for all. Without `checkpoints` none.
         compiled: Blocks are compiled one by one (`regional_compilation`).
+        lean: Whether kept blocks, if compiled, make what is cheap again. None: where others are computed again, which
+            is when the trainer does so if it is told how many.
         micro_batch_tokens: Tokens of a packed forward pass.
         is_masked: Attention takes a mask of tokens x tokens (on CPUs), not the lengths of the sequences.
         keeps_logits: Logits of a whole micro-batch exist at once (`fused_logprobs=False`); else a tile of them does.
@@ -58,6 +60,7 @@ class TrainerSetup:
     checkpoints: bool = True
     recomputed: int | None = None
     compiled: bool = True
+    lean: bool | None = None
     micro_batch_tokens: int = 8192
     is_masked: bool = False
     keeps_logits: bool = False
@@ -82,6 +85,10 @@ class TrainerSetup:
         if not self.checkpoints:
             return 0
         return model.num_layers if self.recomputed is None else min(self.recomputed, model.num_layers)
+
+    def is_lean(self, model: Architecture) -> bool:
+        """Whether kept blocks make what is cheap again."""
+        return self.compiled and (self.num_recomputed(model) > 0 if self.lean is None else self.lean)
 
     def trainable(self, model: Architecture) -> int:
         """Return how many parameters are trained."""
@@ -179,15 +186,17 @@ def _saved_compiled(model: Architecture, setup: TrainerSetup) -> int:
 
     The block's input, the norms' outputs and that of attention's last product; queries and keys before their own norm;
     what attention takes and gives; gate, up and their product. Found by listing what torch 2.13's partitioner keeps.
+    Lean blocks make the norms' outputs and the product again.
     """
     hidden, query, compute = model.hidden, model.query_width, setup.compute_bytes
+    is_lean = setup.is_lean(model)
     stream = _stream_bytes(setup) * hidden
-    rows = (model.norms_per_block + 1) * compute * hidden
+    rows = (1 if is_lean else model.norms_per_block + 1) * compute * hidden
     heads = compute * (query + model.kv_width) if model.normalises_heads else 0
     # Keys and values are as wide as queries where the kernel does not group heads (trainer/attention.py), which what
     # was measured with torch 2.11 agrees with. Beside them a float32 number for each head.
     attention = 4 * compute * query + _FLOAT * model.num_heads
-    mlp = 3 * compute * model.intermediate * max(1, model.experts_per_token)
+    mlp = (2 if is_lean else 3) * compute * model.intermediate * max(1, model.experts_per_token)
     return stream + rows + heads + attention + mlp
 
 
@@ -232,7 +241,8 @@ def _copies(model: Architecture, setup: TrainerSetup) -> tuple[int, int]:
         return 0, 0
     blocks = _HALF * (_all_matrices(model) - model.embedding_parameters)
     head = _HALF * model.embedding_parameters
-    kept = head + blocks * (model.num_layers - setup.num_recomputed(model)) // model.num_layers
+    of_blocks = 0 if setup.is_lean(model) else blocks
+    kept = head + of_blocks * (model.num_layers - setup.num_recomputed(model)) // model.num_layers
     # Autocast remembers what it has cast of trained weights until the forward pass ends; of frozen ones it does not,
     # nor does a compiled block, which casts for itself.
     return (head + blocks if setup.method == "full" and not setup.compiled else kept), kept
