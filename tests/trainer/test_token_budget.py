@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
 
 from shoal.testing import tiny_model
 from shoal.trainer.blocks import find_blocks
@@ -294,3 +294,34 @@ def test_passes_that_tell_little_are_waited_out() -> None:
     limit = make_limit(gpu)
     assert set(train(limit, gpu, longest=longest, fills=0.3)) == {1}
     assert train(limit, gpu, longest=longest, fills=0.9)[-1] == 0
+
+
+def test_a_real_trainer_watches_its_passes_and_keeps_more_of_its_blocks(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(max_steps=5, gradient_checkpointing=True)
+    blocks = find_blocks(trainer.model)
+    gpu, _ = small_gpu(true_share=0.6)
+    watched: list[int] = []
+    limit = trainer._limit = make_limit(gpu)  # a GPU for the limit alone; all else runs on the CPU
+    limit.tokens = 16_384
+
+    def longest_first(*args: Any, longest: int, **keywords: Any) -> None:
+        PackingLimit.measure(limit, *args, longest=16_384, **keywords)
+
+    def watch(*args: Any, largest: int) -> None:
+        watched.append(largest)
+        PackingLimit.watch(limit, *args, largest=16_384)  # these passes are short, but say as much
+
+    limit.measure, limit.watch = longest_first, watch
+    recomputed: list[int] = []
+
+    class Steps(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            gpu.run(16_384, kept=1)
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            recomputed.append(sum(bool(block.gradient_checkpointing) for block in blocks))
+
+    trainer.add_callback(Steps())
+    trainer.train()
+    assert recomputed == [1, 1, 0, 0, 0]
+    assert len(watched) == 5 and all(0 < count < 500 for count in watched)
