@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -16,10 +15,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
 
 from shoal import GRPOConfig
 from shoal.testing import tiny_tokenizer
-from shoal.testing.trainer import ReferenceTrainer
+from shoal.testing.trainer import MadeUpTrainer
 from shoal.trainer.attention import VARLEN, register_varlen, varlen_kernel
 from shoal.trainer.blocks import find_blocks
-from shoal.types import Sequence
 
 NUM_SEQUENCES, LENGTH, NUM_BLOCKS, STEPS = 64, 512, 12, 6
 SHAPE = {
@@ -40,23 +38,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine"),
 ]
-
-
-class FixedSequences(ReferenceTrainer):
-    """Trains on made-up sequences."""
-
-    def _write_batch(self, number: int) -> list[Sequence]:
-        random = np.random.default_rng(self.state.global_step)
-        return [
-            Sequence(
-                token_ids=random.integers(3, SHAPE["vocab_size"], LENGTH),
-                prompt_length=1,
-                advantage=1.0 if index % 2 else -1.0,
-                rollout_logprobs=np.full(LENGTH - 1, -8.3, np.float32),
-                in_loss=True,
-            )
-            for index in range(NUM_SEQUENCES)
-        ]
 
 
 class Recomputed(TrainerCallback):  # type: ignore[misc]
@@ -93,7 +74,7 @@ def trained(tmp_path: Path, recompute_num_layers: int | None) -> tuple[list[floa
     others = torch.empty(free - FREE_BYTES, dtype=torch.uint8, device="cuda")
     before = torch.cuda.memory_stats()["num_alloc_retries"]
     recomputed = Recomputed()
-    trainer = FixedSequences(
+    trainer = MadeUpTrainer(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(
@@ -115,6 +96,7 @@ def trained(tmp_path: Path, recompute_num_layers: int | None) -> tuple[list[floa
         processing_class=tiny_tokenizer(),
         callbacks=[recomputed],
     )
+    trainer.lengths = ((1, LENGTH - 1),) * NUM_SEQUENCES
     try:
         trainer.train()
     finally:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -17,8 +16,7 @@ from shoal import GRPOConfig
 from shoal.placement.architecture import architecture_from_config
 from shoal.placement.trainer_memory import TrainerSetup, estimate_trainer_memory
 from shoal.testing import tiny_tokenizer
-from shoal.testing.trainer import ReferenceTrainer
-from shoal.types import Sequence
+from shoal.testing.trainer import MadeUpTrainer
 
 NUM_SEQUENCES, LENGTH, PROMPT = 8, 96, 1
 MICRO_BATCH = NUM_SEQUENCES // 2 * LENGTH
@@ -32,23 +30,6 @@ SHAPE = {
     "vocab_size": 2048,
 }
 TOLERANCE = 0.15
-
-
-class _FixedSequences(ReferenceTrainer):
-    """Trains on made-up sequences: what is measured is the trainer, not an engine."""
-
-    def _write_batch(self, number: int) -> list[Sequence]:
-        random = np.random.default_rng(0)
-        return [
-            Sequence(
-                token_ids=random.integers(3, 259, LENGTH),
-                prompt_length=PROMPT,
-                advantage=1.0 if index % 2 else -1.0,
-                rollout_logprobs=np.full(LENGTH - PROMPT, -7.0, np.float32),
-                in_loss=True,
-            )
-            for index in range(NUM_SEQUENCES)
-        ]
 
 
 def _peak(prof: profile) -> int:
@@ -68,7 +49,7 @@ def _trainer(tmp_path: Any, model: Any, *, bf16: bool, checkpoints: bool, lora: 
     if not keeps_logits and not has_setting:
         pytest.skip("this version always keeps logits")
     fused: dict[str, Any] = {"fused_logprobs": not keeps_logits} if has_setting else {}
-    return _FixedSequences(
+    trainer = MadeUpTrainer(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(
@@ -89,6 +70,8 @@ def _trainer(tmp_path: Any, model: Any, *, bf16: bool, checkpoints: bool, lora: 
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
     )
+    trainer.lengths = ((PROMPT, LENGTH - PROMPT),) * NUM_SEQUENCES
+    return trainer
 
 
 def _measure(train: Callable[[], Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 from shoal.engines.reference import ReferenceEngine
@@ -11,11 +12,12 @@ from shoal.rollout.dispatch import DispatchSettings
 from shoal.rollout.loop_thread import LoopThread
 from shoal.rollout.pool import EnginePool, PoolSettings
 from shoal.rollout.seats import EngineLoad
+from shoal.testing.sequences import random_sequences
 from shoal.trainer.engine_side import Sources
 from shoal.trainer.factory import make_decoder
 from shoal.trainer.grpo_trainer import GRPOTrainer
 from shoal.trainer.rollouts import RollCall, Rollouts
-from shoal.types import PublishReport, ScoredGroup
+from shoal.types import PublishReport, ScoredGroup, Sequence
 from shoal.weights.publisher import WeightPublisher
 from shoal.weights.sleep import SleepReport
 
@@ -33,6 +35,19 @@ class ReferenceTrainer(GRPOTrainer):
 
     def _make_publisher(self, sources: Sources, rollouts: Rollouts | None) -> WeightPublisher:
         return cast(WeightPublisher, _NoPublisher())
+
+
+class MadeUpTrainer(ReferenceTrainer):
+    """Trains on random sequences with advantages of -1 and 1: what is looked at is the trainer, not an engine."""
+
+    lengths: tuple[tuple[int, int], ...]
+    """For each sequence of a batch, of prompt and completion, in tokens; to be set before training."""
+
+    def _write_batch(self, number: int) -> list[Sequence]:
+        return [
+            replace(sequence, advantage=1.0 if index % 2 else -1.0)
+            for index, sequence in enumerate(random_sequences(self.lengths, seed=number))
+        ]
 
 
 def reference_rollouts(trainer: GRPOTrainer, model: Any) -> Rollouts:
