@@ -129,13 +129,11 @@ class PretendedGpu:
 
     total: int
     cost: Callable[[int, int], float]
-    resting: int = 0
-    gradients: int = 0
     used: int = 0
     most: int = 0
 
     def free(self) -> int:
-        return self.total - self.resting
+        return self.total
 
     def watch(self) -> None:
         self.used = 0
@@ -144,7 +142,7 @@ class PretendedGpu:
         return self.used
 
     def run(self, tokens: int, kept: int) -> None:
-        self.used = max(self.used, int(self.cost(tokens, kept)) + self.gradients)
+        self.used = max(self.used, int(self.cost(tokens, kept)))
         self.most = max(self.most, self.used)
 
 

@@ -104,14 +104,14 @@ def training_seconds(model: Architecture, gpu: GpuKind, setup: TrainerSetup, wor
     num_micro_batches = max(1, math.ceil(work.num_tokens / setup.num_ranks / setup.micro_batch_tokens))
     wire = _wire_bytes(model, setup, num_micro_batches) / (gpu.link_bytes_per_s * _LINK_EFFICIENCY)
     shards = 1 if setup.sharding == "ddp" else setup.num_ranks
-    if shards > 1:
+    if shards == 1:
+        passes = max(compute, wire)
+    else:  # little is hidden: what copies takes from what computes
         copying = _shard_traffic(model, setup) * num_micro_batches / (gpu.memory_bytes_per_s * _MEMORY_EFFICIENCY)
-        exchange = wire + copying  # little of it is hidden: what copies takes from what computes
-    else:
-        exchange = max(0.0, wire - compute)
+        passes = compute + wire + copying
     adam_bytes = _ADAM_TRAFFIC * (2 if setup.dtype == "bfloat16" else 4) * setup.trainable(model) / shards
     adam = adam_bytes / (gpu.memory_bytes_per_s * _MEMORY_EFFICIENCY)
-    return compute + exchange + adam, products + attention
+    return passes + adam, products + attention
 
 
 def generation_seconds(

@@ -121,7 +121,7 @@ class PackingLimit:
             largest: Tokens of the largest pass to come.
         """
         # The first step's optimizer makes its states, which must not be taken for a pass's.
-        if self._measures and self._has_stepped and not self._is_settled:
+        if self._has_stepped and not self._is_settled:
             self._gpu.watch()
             self._use = PassUse(
                 tokens=largest, free_bytes=self._gpu.free(), used_bytes=0, gradient_bytes=bytes_to_come(model, None)

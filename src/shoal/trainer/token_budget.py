@@ -176,9 +176,9 @@ def plan_pass(
         room = max(0.0, _USED_SHARE * free_bytes - _cost(shape, enough))
         is_lean = room < shape.num_blocks * shape.kept_bytes * enough
         recomputed = shape.num_blocks - int(room // max(1, shape.lean_bytes * enough)) if is_lean else 0
-    plan = PassPlan(tokens=0, recomputed=min(shape.num_blocks, max(0, recomputed)), is_lean=is_lean)
-    with_kept = replace(shape, per_token_bytes=shape.per_token_bytes + _kept_bytes(shape, plan))
-    return replace(plan, tokens=tokens or max(tokens_that_fit(with_kept, free_bytes), longest))
+    recomputed = min(shape.num_blocks, max(0, recomputed))
+    fitting = tokens_that_fit(_with_kept(shape, recomputed, is_lean=is_lean), free_bytes)
+    return PassPlan(tokens=tokens or max(fitting, longest), recomputed=recomputed, is_lean=is_lean)
 
 
 def improve_plan(plan: PassPlan, shape: PassShape, use: PassUse, *, longest: int, may_grow: bool) -> PassPlan:
@@ -197,28 +197,28 @@ def improve_plan(plan: PassPlan, shape: PassShape, use: PassUse, *, longest: int
     """
     room = _MEASURED_SHARE * use.free_bytes
     largest = max(plan.tokens, longest)
-    taken = max(1.0, use.used_bytes * largest / use.tokens)
+    taken = use.used_bytes * largest / use.tokens
     enough = max(longest, ENOUGH_TOKENS)
     if may_grow and plan.tokens < enough and taken < room and not shape.per_pair_bytes:
         return replace(plan, tokens=min(enough, int(plan.tokens * room / taken)))
-    dearer = max(1.0, (use.used_bytes - use.gradient_bytes) / _cost(shape, use.tokens, plan))
-    more = math.floor((room - taken) / (dearer * _block_bytes(shape, plan) * largest))
+    expected = _cost(_with_kept(shape, plan.recomputed, is_lean=plan.is_lean), use.tokens)
+    dearer = max(1.0, (use.used_bytes - use.gradient_bytes) / expected)
+    more = math.floor((room - taken) / (dearer * _block_bytes(shape, is_lean=plan.is_lean) * largest))
     return replace(plan, recomputed=min(shape.num_blocks, max(0, plan.recomputed - more)))
 
 
-def _cost(shape: PassShape, tokens: int, plan: PassPlan | None = None) -> int:
-    """Return the estimated bytes of a pass; without a plan, of one that computes all blocks again."""
-    per_token = shape.per_token_bytes + (0 if plan is None else _kept_bytes(shape, plan))
-    return shape.fixed_bytes + per_token * tokens + shape.per_pair_bytes * tokens**2
+def _cost(shape: PassShape, tokens: int) -> int:
+    return shape.fixed_bytes + shape.per_token_bytes * tokens + shape.per_pair_bytes * tokens**2
 
 
-def _kept_bytes(shape: PassShape, plan: PassPlan) -> int:
-    """Return the estimated bytes for each token of all blocks that keep their activations."""
-    return _block_bytes(shape, plan) * (shape.num_blocks - plan.recomputed)
+def _with_kept(shape: PassShape, recomputed: int, *, is_lean: bool) -> PassShape:
+    """Return the shape of passes of which all blocks but so many keep their activations."""
+    kept = _block_bytes(shape, is_lean=is_lean) * (shape.num_blocks - recomputed)
+    return replace(shape, per_token_bytes=shape.per_token_bytes + kept)
 
 
-def _block_bytes(shape: PassShape, plan: PassPlan) -> int:
-    return shape.lean_bytes if plan.is_lean else shape.kept_bytes
+def _block_bytes(shape: PassShape, *, is_lean: bool) -> int:
+    return shape.lean_bytes if is_lean else shape.kept_bytes
 
 
 def bytes_to_come(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
